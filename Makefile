@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml meson.build README.md LICENSE $(wildcard plugin/*) \
+	$(shell find qmp_upm policies -name '*.py' -o -name py.typed)
+
+.DEFAULT_GOAL := help
+.PHONY: help test build packages clean
+
+help: ## Say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+
+test: build ## Run all tests
+	$(BIN)/pytest
+
+
+
+build: packages $(VENV)/installed ## Install what is missing, then the project into .venv
+
+packages:
+	@PYTHON="$(PYTHON)" sh tests/lab/packages.sh
+
+# With the build tools in .venv, so that what pip builds once it need not fetch again.
+$(VENV)/tools: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'meson-python>=0.17' 'meson>=1.4' ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation ".[test]"
+	@touch $@
+
+$(VENV)/installed: $(VENV)/tools $(SOURCES)
+	@echo 'Building and installing qmp-upm into $(VENV)'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps .
+	@touch $@
+
+clean: ## Remove what was built here (the lab's kernel stays in the user's cache)
+	rm -rf $(VENV) build

@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The record of conversions, for the daemon to read: the last RING_RECORDS of them.
+ *
+ * A reader that is too slow loses the oldest, learns how many, and reads the ledger instead.
+ */
+#include "upm.h"
+
+uint64_t ring_oldest(void)
+{
+    return upm.head > RING_RECORDS ? upm.head - RING_RECORDS : 0;
+}
+
+static bool ring_merge(const struct region *r, uint64_t first, uint64_t pages, bool to_private,
+                       bool deferred, uint32_t count)
+{
+    struct record *last = &upm.ring[(upm.head - 1) % RING_RECORDS];
+
+    if (upm.head <= upm.sealed || last->region != r->id || last->to_private != to_private
+        || last->deferred != deferred || last->first + last->pages != first
+        || last->pages + pages > UINT32_MAX) {
+        return false;
+    }
+    last->pages += pages;
+    last->count += count;
+    return true;
+}
+
+static void ring_add(const struct region *r, uint64_t first, uint64_t pages, bool to_private,
+                     bool deferred, uint32_t count, uint64_t time_ns)
+{
+    if (upm.head >= RING_RECORDS && upm.sealed <= upm.head - RING_RECORDS) {
+        upm.dropped++;
+    }
+    upm.ring[upm.head++ % RING_RECORDS] = (struct record) {
+        .first = first, .time_ns = time_ns, .pages = pages, .count = count,
+        .region = r->id, .to_private = to_private, .deferred = deferred,
+    };
+}
+
+/* A reader sees a run of neighbours as one record, with the time of the first. */
+void ring_append(const struct region *r, uint64_t first, uint64_t pages, bool to_private,
+                 bool deferred, uint32_t count, uint64_t time_ns)
+{
+    while (pages > UINT32_MAX) {
+        ring_add(r, first, UINT32_MAX, to_private, deferred, count, time_ns);
+        first += UINT32_MAX;
+        pages -= UINT32_MAX;
+        count = 0;
+    }
+    if (!ring_merge(r, first, pages, to_private, deferred, count)) {
+        ring_add(r, first, pages, to_private, deferred, count, time_ns);
+    }
+    if (upm.bell_armed && !upm.bell) {
+        upm.bell = true;
+        worker_kick();
+    }
+}

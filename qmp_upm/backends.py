@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a decision reaches a VM: modes, budget and discards through the plugin."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+from qmp_upm.errors import LinkError
+from qmp_upm.policy import Discard
+from qmp_upm.protocol import Copy, Discarded
+from qmp_upm.qmp import Monitor
+
+RANGES_MOST = 4096
+"""Ranges in a request."""
+OUTSTANDING_MOST = 8
+"""Requests that the plugin has at a time; it takes twice as many from all its clients."""
+ANSWER_SECONDS = 60.0
+"""After which a request that got no answer is given up, and the session with it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plugin is told once: budget in bytes, lease and doorbell interval in milliseconds."""
+
+    budget_bytes: int
+    lease_ms: int
+    notify_ms: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A discard on its way. ``sent_s``: by the session's clock, seconds."""
+
+    id: int
+    discard: Discard
+    ranges: tuple[tuple[int, int, int], ...]
+    sent_s: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes asked for."""
+        return sum(size for _, _, size in self.ranges)
+
+
+class KvmAttributes:
+    """Drives the plugin of one VM. The session's task calls it and passes on its events."""
+
+    def __init__(
+        self, monitor: Monitor, settings: Settings, first_id: int, clock: Callable[[], float]
+    ) -> None:
+        self._monitor = monitor
+        self._settings = settings
+        self._next_id = first_id
+        self._clock = clock
+        self._waiting: deque[Request] = deque()
+        self._outstanding: dict[int, Request] = {}
+        self.deferred: frozenset[Copy] | None = None
+
+    async def configure(self, defer: frozenset[Copy]) -> None:
+        """Set modes, budget, lease and doorbell; starts the lease anew."""
+        await self._monitor.execute(
+            "x-upm-configure",
+            {copy.value: "defer" if copy in defer else "eager" for copy in Copy}
+            | {
+                "budget": self._settings.budget_bytes,
+                "lease-ms": self._settings.lease_ms,
+                "on-lease-expiry": "eager",
+                "notify-ms": self._settings.notify_ms,
+            },
+        )
+        self.deferred = defer
+
+    def submit(self, discard: Discard) -> list[Request]:
+        """Queue a discard, in requests of bounded size. ``pump`` sends them."""
+        requests = []
+        ranges = discard.pages.ranges()
+        while part := tuple(islice(ranges, RANGES_MOST)):
+            requests.append(Request(self._next_id, discard, part))
+            self._next_id += 1
+        self._waiting += requests
+        return requests
+
+    async def pump(self) -> None:
+        """Send what the plugin has room for. LinkError if it owes an answer for too long."""
+        now = self._clock()
+        for request in self._outstanding.values():
+            if now - request.sent_s > ANSWER_SECONDS:
+                raise LinkError(
+                    f"no answer to discard {request.id} within {ANSWER_SECONDS:.0f} s",
+                    hint="the session is made again, and the ledger read",
+                )
+        while self._waiting and len(self._outstanding) < OUTSTANDING_MOST:
+            request = self._waiting.popleft()
+            self._outstanding[request.id] = Request(
+                request.id, request.discard, request.ranges, now
+            )
+            await self._monitor.execute(
+                "x-upm-discard",
+                {"id": request.id, "copy": request.discard.copy, "ranges": request.ranges},
+            )
+
+    def complete(self, event: Discarded) -> Request | None:
+        """The request that this event ends, or None: another client's."""
+        return self._outstanding.pop(event.id, None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are queued or under way."""
+        return bool(self._waiting or self._outstanding)

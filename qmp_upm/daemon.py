@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemon: a supervised task for each VM, until a signal."""
+
+import asyncio
+import signal
+
+import structlog
+
+from qmp_upm.config import Config
+from qmp_upm.errors import ConfigError
+from qmp_upm.telemetry import Telemetry
+from qmp_upm.vm import Session
+
+RESTART_SECONDS = 5.0
+
+log = structlog.get_logger()
+
+
+async def _supervise(session: Session) -> None:
+    """A session that dies of a defect is seen, and begun again; the others go on."""
+    while True:
+        try:
+            await session.run()
+        except Exception:
+            log.exception("session-died", vm=session.name, hint="report this; it is tried again")
+        await asyncio.sleep(RESTART_SECONDS)
+
+
+async def _serve(config: Config) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    writers, sessions = [], []
+    for name, table in config.vms.items():
+        telemetry = Telemetry(config.telemetry.directory, name)
+        writers.append(asyncio.create_task(telemetry.run()))
+        sessions.append(asyncio.create_task(_supervise(Session(name, table, telemetry))))
+    log.info("started", vms=len(sessions))
+    await stop.wait()
+    for tasks in (sessions, writers):
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    log.info("stopped")
+
+
+def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. ConfigError if telemetry has nowhere to go."""
+    try:
+        config.telemetry.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"telemetry.directory: {error}",
+                          hint="name a directory that this user may write") from error
+    asyncio.run(_serve(config))

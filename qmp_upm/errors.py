@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every error that reaches an operator. Each says what happened and what to do.
+
+::
+
+    QmpUpmError
+    ├── ConfigError             a configuration file or parameter can't be used
+    ├── PolicyError             a policy failed, or decided what can't be done
+    ├── InstallError            a part of qmp-upm itself is not where it should be
+    └── PeerError               QEMU is not what it should be; the VM is tried again
+        ├── LinkError           no connection, or it broke, or nobody answers
+        ├── MessageError        an answer that breaks the protocol
+        ├── CommandError        QEMU refused a command
+        └── PluginMissingError  QEMU runs without the plugin
+"""
+
+
+class QmpUpmError(Exception):
+    """Root of all: ``message`` says what happened, ``hint`` what to do about it."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(QmpUpmError):
+    """A configuration can't be used. Nothing was started with it."""
+
+
+class PolicyError(QmpUpmError):
+    """A policy raised, or returned what is no decision. Its VM goes on with ``eager``."""
+
+
+class InstallError(QmpUpmError):
+    """A file that belongs to the installation is missing."""
+
+
+class PeerError(QmpUpmError):
+    """This VM can't be served at the moment. Others are not concerned."""
+
+
+class LinkError(PeerError):
+    """The monitor can't be reached, is taken, is silent, or went away."""
+
+
+class MessageError(PeerError):
+    """QEMU, or what answers for it, broke the protocol or contradicts itself."""
+
+
+class CommandError(PeerError):
+    """QEMU answered a command with an error."""
+
+
+class PluginMissingError(PeerError):
+    """QEMU runs, but the plugin is not loaded in it."""

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where conversions come from: the plugin's record, read from a cursor on."""
+
+from qmp_upm.errors import MessageError
+from qmp_upm.pages import PageSet, Range
+from qmp_upm.policy import Batch
+from qmp_upm.protocol import READ_MOST, Copy, Query, Read, Record, StaleRanges, read_message
+from qmp_upm.qmp import Monitor
+
+READS_MOST = 16
+"""Replies taken in one go, so that a guest that floods can't keep its session from deciding."""
+STALE_MOST = 4096
+"""Ranges asked for at a time when the whole ledger is read."""
+
+
+class PluginExits:
+    """Conversions of one VM in batches. Every read renews the plugin's lease."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._sizes: dict[int, int] = {}
+        self.cursor = 0
+        self.drained = True
+
+    async def query(self) -> Query:
+        """The plugin's state. Raises MessageError if it contradicts itself."""
+        query = read_message(Query, await self._monitor.execute("x-upm-query"))
+        self._sizes = {region.id: region.size for region in query.regions}
+        if query.records.oldest > query.records.head:
+            raise MessageError(
+                "x-upm-query: the oldest record is newer than the newest",
+                hint="the VM's QEMU or plugin is faulty; restart the VM",
+            )
+        return query
+
+    def start(self, cursor: int) -> None:
+        """Read from this record on."""
+        self.cursor = cursor
+
+    async def read(self) -> Batch:
+        """What has been recorded since; ``drained`` says whether that was all."""
+        records: list[Record] = []
+        dropped = 0
+        for _ in range(READS_MOST):
+            answer = await self._monitor.execute(
+                "x-upm-read", {"cursor": self.cursor, "max": READ_MOST}
+            )
+            read = read_message(Read, answer)
+            if read.cursor != self.cursor + read.dropped + len(read.records):
+                raise MessageError(
+                    f"x-upm-read: the cursor goes from {self.cursor} to {read.cursor} with "
+                    f"{len(read.records)} records and {read.dropped} dropped",
+                    hint="the VM's QEMU or plugin is faulty; restart the VM",
+                )
+            await self._check(read.records)
+            records += read.records
+            dropped += read.dropped
+            self.cursor = read.cursor
+            self.drained = len(read.records) < READ_MOST
+            if self.drained:
+                break
+        return Batch(tuple(records), dropped)
+
+    async def _check(self, records: list[Record]) -> None:
+        """Every range lies in a region that is, or has been, there."""
+        for record in records:
+            if record.region not in self._sizes:
+                known = self._sizes
+                await self.query()
+                self._sizes = known | self._sizes
+            size = self._sizes.get(record.region)
+            # A region that came and went between two reads is unknown by now, and empty.
+            if size is not None and record.offset + record.size > size:
+                raise MessageError(
+                    f"x-upm-read: a record reaches beyond the end of region {record.region}",
+                    hint="the VM's QEMU or plugin is faulty; restart the VM",
+                )
+
+    async def read_stale(self, query: Query) -> dict[Copy, PageSet]:
+        """The plugin's whole ledger."""
+        stale = {copy: PageSet() for copy in Copy}
+        for region in query.regions:
+            for copy in Copy:
+                cursor, done = 0, False
+                while not done:
+                    answer = await self._monitor.execute(
+                        "x-upm-stale",
+                        {"copy": copy, "region": region.id, "cursor": cursor, "max": STALE_MOST},
+                    )
+                    part = read_message(StaleRanges, answer)
+                    done = part.done
+                    if not done and part.cursor <= cursor:
+                        raise MessageError(
+                            "x-upm-stale: the cursor does not advance",
+                            hint="the VM's QEMU or plugin is faulty; restart the VM",
+                        )
+                    cursor = part.cursor
+                    for offset, size in part.ranges:
+                        if offset + size > region.size:
+                            raise MessageError(
+                                f"x-upm-stale: a range reaches beyond the end of region {region.id}",
+                                hint="the VM's QEMU or plugin is faulty; restart the VM",
+                            )
+                        stale[copy].add(Range(region.id, offset, size))
+        return stale

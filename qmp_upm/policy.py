@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The contract between the daemon and a policy, for ours and anybody's.
+
+A policy is pure: it sees a batch of conversions, the ledger, the time and the host's memory
+pressure, and returns which copies to keep and which to discard now. It does no I/O, reads no clock,
+and starts nothing. It is found by its entry point in the group ``qmp_upm.policies``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qmp_upm.errors import ConfigError, PolicyError
+from qmp_upm.pages import PageSet
+from qmp_upm.protocol import Copy, Record
+
+GROUP = "qmp_upm.policies"
+
+
+class Parameters(BaseModel):
+    """Base of a policy's parameters. Unknown ones are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LedgerView(Protocol):
+    """What a policy may ask of the ledger. Page sets that it gets are its own."""
+
+    budget_bytes: int
+
+    @property
+    def stale_bytes(self) -> int:
+        """Bytes of both copies that are stale."""
+
+    def stale(self, copy: Copy) -> PageSet:
+        """The stale pages of one copy."""
+
+    def oldest_ns(self, copy: Copy) -> int | None:
+        """When the oldest stale copy became so; None if there is none."""
+
+    def older_than(self, copy: Copy, time_ns: int) -> PageSet:
+        """Pages that have been stale since ``time_ns`` or longer."""
+
+    def oldest(self, size: int) -> Mapping[Copy, PageSet]:
+        """The oldest stale pages of both copies, ``size`` bytes or all."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversions in their order; empty when only time has passed.
+
+    ``dropped`` counts records that were lost before these. The ledger is right all the same.
+    """
+
+    records: tuple[Record, ...] = ()
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """Share of the last ten seconds, in percent, in which some task of the host waited for memory.
+
+    Source: /proc/pressure/memory, line ``some``, ``avg10``. 0 where the kernel doesn't tell.
+    """
+
+    some_percent: float = 0.0
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Stale pages of one copy to give back, and the reason in a word for the log."""
+
+    copy: Copy
+    pages: PageSet
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``defer``: copies to keep at conversions from now on. ``discards``: to give back now.
+
+    ``wake_at_ns``: when to be asked again if no conversion comes before; None: only then.
+    """
+
+    defer: frozenset[Copy] = frozenset()
+    discards: tuple[Discard, ...] = ()
+    wake_at_ns: int | None = field(default=None)
+
+
+class Policy(ABC):
+    """A policy for one VM, made from its validated parameters."""
+
+    Parameters: ClassVar[type[Parameters]] = Parameters
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = parameters
+
+    @abstractmethod
+    def decide(
+        self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure
+    ) -> Decision:
+        """What to keep and what to discard. ``now_ns`` is the clock of the records and ages."""
+
+
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def make_policy(name: str, parameters: Mapping[str, object]) -> Policy:
+    """The installed policy of this name with these parameters.
+
+    Raises ConfigError that names the known policies, or the parameter and what is wrong with it.
+    """
+    entry = _installed().get(name)
+    if entry is None:
+        raise ConfigError(
+            f"there is no policy {name!r}",
+            hint=f"installed policies: {', '.join(sorted(_installed()))}",
+        )
+    policy = entry.load()
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise ConfigError(
+            f"the policy {name!r} ({entry.value}) is not a qmp_upm.policy.Policy",
+            hint="this is for its author to mend; choose another meanwhile",
+        )
+    try:
+        validated = policy.Parameters.model_validate(parameters)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(policy.Parameters.model_fields)
+        raise ConfigError(
+            f"policy {name!r}: {key}: {first['msg']}" if key else f"policy {name!r}: {first['msg']}",
+            hint=f"its parameters: {known or 'none'}",
+        ) from error
+    return policy(validated)
+
+
+def checked(decision: object) -> Decision:
+    """``decision`` if it is one, whole; otherwise PolicyError."""
+    if not (
+        isinstance(decision, Decision)
+        and all(isinstance(copy, Copy) for copy in decision.defer)
+        and isinstance(decision.wake_at_ns, int | None)
+        and all(
+            isinstance(d, Discard) and isinstance(d.copy, Copy) and isinstance(d.pages, PageSet)
+            for d in decision.discards
+        )
+    ):
+        raise PolicyError(
+            f"the policy returned {type(decision).__name__}, or parts that are no decision",
+            hint="decide() returns a qmp_upm.policy.Decision",
+        )
+    return decision

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The messages of the plugin's QMP dialect, protocol 1.
+
+QEMU is not trusted: whatever a peer sends becomes one of these models or a MessageError. Keys that
+a newer plugin may add are ignored. Sizes and offsets are bytes, times nanoseconds of the host's
+CLOCK_MONOTONIC.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+
+from qmp_upm.errors import MessageError
+from qmp_upm.pages import PAGE_BYTES
+
+PROTOCOL = 1
+COMMANDS = frozenset(
+    {"x-upm-query", "x-upm-configure", "x-upm-read", "x-upm-stale", "x-upm-discard"}
+)
+READ_MOST = 4096
+"""Records asked for at a time: a reply stays below a megabyte."""
+
+Count = Annotated[StrictInt, Field(ge=0, lt=1 << 64)]
+Offset = Annotated[StrictInt, Field(ge=0, lt=1 << 62, multiple_of=PAGE_BYTES)]
+Size = Annotated[StrictInt, Field(gt=0, lt=1 << 62, multiple_of=PAGE_BYTES)]
+RegionId = Annotated[StrictInt, Field(gt=0, lt=1 << 16)]
+Flag = Annotated[StrictInt, Field(ge=0, le=1)]
+
+
+class Copy(StrEnum):
+    """One of the two backings of a page."""
+
+    PRIVATE = "private"
+    SHARED = "shared"
+
+    @property
+    def other(self) -> "Copy":
+        """The copy that a conversion leaves when this one becomes live."""
+        return Copy.SHARED if self is Copy.PRIVATE else Copy.PRIVATE
+
+
+class Message(BaseModel):
+    """What came from QEMU: immutable, and open to keys we do not know."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+
+class Region(Message):
+    """One backing of guest RAM."""
+
+    id: RegionId
+    name: Annotated[str, Field(max_length=256)]
+    size: Size
+    backing: str
+    stale_private: Count
+    stale_shared: Count
+
+
+class Stale(Message):
+    """Stale bytes by copy, and the most there ever were of both together."""
+
+    private: Count
+    shared: Count
+    peak: Count
+
+
+class Records(Message):
+    """The plugin's record of conversions: ``head`` is the number of the next one."""
+
+    head: Count
+    oldest: Count
+    dropped: Count
+
+
+class Query(Message):
+    """Answer to x-upm-query."""
+
+    version: Annotated[str, Field(max_length=64)]
+    protocol: Count
+    vm_kind: Annotated[str, Field(max_length=32)]
+    conversion: Annotated[str, Field(max_length=32)]
+    regions: Annotated[list[Region], Field(max_length=512)]
+    stale: Stale
+    records: Records
+    counters: Annotated[dict[str, Count], Field(max_length=256)]
+
+
+class Record(NamedTuple):
+    """One conversion, or a run of neighbours merged.
+
+    ``private``: 1 if the range became private. ``deferred``: 1 if the copy that it left was kept.
+    ``count``: the guest's conversions in it; 0 where the plugin only took a copy into its ledger.
+    """
+
+    region: RegionId
+    offset: Offset
+    size: Size
+    private: Flag
+    deferred: Flag
+    time_ns: Count
+    count: Count
+
+
+class Read(Message):
+    """Answer to x-upm-read: records from the cursor on, and how many had been overwritten."""
+
+    cursor: Count
+    dropped: Count
+    records: Annotated[list[Record], Field(max_length=READ_MOST)]
+
+
+class StaleRanges(Message):
+    """Answer to x-upm-stale: runs as [offset, size], and where to go on."""
+
+    ranges: Annotated[list[tuple[Offset, Size]], Field(max_length=16384)]
+    cursor: Offset
+    done: bool
+
+
+class Discarded(Message):
+    """Event X_UPM_DISCARDED: what became of a discard request."""
+
+    id: Count
+    discarded: Count
+    skipped: Count
+    error: Annotated[str, Field(max_length=256)] | None
+
+
+class CommandInfo(Message):
+    """A line of query-commands."""
+
+    name: str
+
+
+class Event(Message):
+    """Any event; ``data`` is read by the model of its name."""
+
+    event: Annotated[str, Field(max_length=128)]
+    data: Annotated[dict[str, Any], Field(default_factory=dict)]
+
+
+Model = TypeVar("Model", bound=Message)
+Mode = Literal["eager", "defer"]
+
+
+def read_message(model: type[Model], value: object) -> Model:
+    """``value`` as a ``model``; raises MessageError that names the first wrong field."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise MessageError(
+            f"{model.__name__} from QEMU is malformed: {where}: {first['msg']}",
+            hint="check that the plugin in QEMU and this daemon are of the same release",
+        ) from error

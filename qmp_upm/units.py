@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sizes and durations as people write them: ``"64 MiB"``, ``"50 ms"``."""
+
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+_SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DURATIONS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+NSEC = 1_000_000_000
+"""Nanoseconds in a second."""
+
+
+def _parse(value: object, units: dict[str, float] | dict[str, int], example: str) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _NUMBER.fullmatch(value)
+    if match is None or match[2] not in units:
+        known = ", ".join(unit for unit in units if unit)
+        raise ValueError(f"{value!r} is not understood; write a number and a unit of {known}, "
+                         f"for example {example!r}")
+    return float(match[1]) * units[match[2]]
+
+
+def parse_size(value: object) -> object:
+    """Bytes of a text such as ``"64 MiB"``; anything else is returned as it is.
+
+    Raises ValueError on an unknown unit or a fraction of a byte.
+    """
+    size = _parse(value, _SIZES, "64 MiB")
+    if isinstance(size, float):
+        if not size.is_integer():
+            raise ValueError(f"{value!r} is not a whole number of bytes")
+        return int(size)
+    return size
+
+
+def parse_duration(value: object) -> object:
+    """Seconds of a text such as ``"50 ms"``; anything else is returned as it is."""
+    return _parse(value, _DURATIONS, "50 ms")
+
+
+def format_size(size: int) -> str:
+    """Shortest exact-looking form with three digits at most after the point."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:  # noqa: PLR2004 - the ratio of neighbouring units
+            return f"{value:.0f} {unit}" if value.is_integer() else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0, lt=1 << 63)]
+"""A number of bytes; accepts a text with a unit."""
+
+Seconds = Annotated[
+    float, BeforeValidator(parse_duration), Field(gt=0, le=86400, allow_inf_nan=False)
+]
+"""A duration in seconds, more than none and a day at most; accepts a text with a unit."""

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One VM's session: attach, follow its conversions, apply its policy, and again after a break."""
+
+import asyncio
+import random
+import time
+from enum import StrEnum
+
+import structlog
+
+from qmp_upm.backends import KvmAttributes, Settings
+from qmp_upm.config import VmTable
+from qmp_upm.errors import PeerError, PluginMissingError, PolicyError
+from qmp_upm.exits import PluginExits
+from qmp_upm.ledger import Ledger
+from qmp_upm.plugin import plugin_env
+from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
+from qmp_upm.protocol import COMMANDS, Copy, Discarded, Event, Query, read_message
+from qmp_upm.qmp import Monitor
+from qmp_upm.telemetry import Telemetry
+from qmp_upm.units import NSEC
+
+BACKOFF_FIRST = 0.2
+BACKOFF_MOST = 10.0
+REFUSED_SECONDS = 5.0
+SETTLE_SECONDS = 1.0
+
+log = structlog.get_logger()
+
+
+class State(StrEnum):
+    """Where a session is."""
+
+    CONNECTING = "connecting"
+    ATTACHED = "attached"
+    REFUSED = "refused"
+    BACKOFF = "backoff"
+    STOPPED = "stopped"
+
+
+class Session:
+    """Serves one VM until cancelled. One task runs it; nothing else touches its state."""
+
+    def __init__(self, name: str, table: VmTable, telemetry: Telemetry) -> None:
+        self.name = name
+        self.state = State.CONNECTING
+        self._table = table
+        self._telemetry = telemetry
+        self._policy: Policy = table.policy.make()
+        self._failed = False
+        self._totals = {"conversions": 0, "discarded_bytes": 0}
+        self._ledger = Ledger(table.budget)
+        self._wake_ns: int | None = None
+
+    async def run(self) -> None:
+        """Attach, serve, and begin again with a growing pause, until cancelled."""
+        pause = BACKOFF_FIRST
+        while True:
+            monitor = Monitor(self._table.socket)
+            try:
+                self._to(State.CONNECTING)
+                await monitor.connect()
+                await self._attach_and_serve(monitor)
+            except PluginMissingError as error:
+                if self.state is not State.REFUSED:
+                    self._to(State.REFUSED)
+                log.error("refused", vm=self.name, error=error.message, hint=error.hint)
+                self._telemetry.line("refused", error=error.message, hint=error.hint)
+                pause = REFUSED_SECONDS
+            except PeerError as error:
+                if self.state is State.ATTACHED:
+                    pause = BACKOFF_FIRST
+                log.warning("lost", vm=self.name, error=error.message, hint=error.hint)
+                self._telemetry.line("lost", error=error.message)
+                self._to(State.BACKOFF)
+            finally:
+                await monitor.close()
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - only jitter
+            pause = min(2 * pause, BACKOFF_MOST)
+
+    def _to(self, state: State) -> None:
+        if state is not self.state:
+            log.debug("state", vm=self.name, was=self.state, now=state)
+        self.state = state
+
+    async def _attach_and_serve(self, monitor: Monitor) -> None:
+        missing = COMMANDS - await monitor.command_names()
+        if missing:
+            raise PluginMissingError(
+                "this QEMU runs without the plugin",
+                hint=f"start QEMU with {plugin_env()} ('qmp-upm plugin env' prints it)",
+            )
+        exits = PluginExits(monitor)
+        query = await exits.query()
+        backend = KvmAttributes(
+            monitor,
+            Settings(self._table.budget, int(self._table.lease * 1000),
+                     max(1, int(self._table.notify * 1000))),
+            random.getrandbits(40) << 20,
+            time.monotonic,
+        )
+        decision = self._decide(Batch())
+        exits.start(query.records.head if query.stale.private + query.stale.shared else
+                    query.records.oldest)
+        await backend.configure(decision.defer)
+        await self._resync(exits)
+        self._to(State.ATTACHED)
+        log.info("attached", vm=self.name, qemu=monitor.qemu_version, vm_kind=query.vm_kind,
+                 policy=self._table.policy.name)
+        self._telemetry.line("attached", qemu=monitor.qemu_version, plugin=query.version,
+                             vm_kind=query.vm_kind, counters=query.counters)
+        try:
+            await self._serve(monitor, exits, backend)
+        except asyncio.CancelledError:
+            await self._leave(monitor, exits, backend)
+            raise
+
+    async def _resync(self, exits: PluginExits) -> None:
+        query: Query = await exits.query()
+        self._ledger.replace(await exits.read_stale(query), time.monotonic_ns())
+        self._telemetry.line("resync", stale_bytes=self._ledger.stale_bytes)
+
+    async def _serve(
+        self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes
+    ) -> None:
+        while True:
+            events = await monitor.wait_events(self._wait_seconds(exits))
+            if monitor.take_dropped_events():
+                await self._resync(exits)
+            for event in events:
+                await self._on_event(event, exits, backend)
+            batch = await exits.read()
+            self._follow(batch, exits)
+            if batch.dropped:
+                await self._resync(exits)
+            decision = self._decide(batch)
+            if decision.defer != backend.deferred:
+                await backend.configure(decision.defer)
+            self._submit(decision, backend)
+            await backend.pump()
+
+    def _wait_seconds(self, exits: PluginExits) -> float:
+        if not exits.drained:
+            return 0.0
+        wait = self._table.lease / 3
+        if self._wake_ns is not None:
+            wait = min(wait, (self._wake_ns - time.monotonic_ns()) / NSEC)
+        return max(wait, 0.001)
+
+    async def _on_event(
+        self, event: Event, exits: PluginExits, backend: KvmAttributes
+    ) -> None:
+        if event.event == "X_UPM_DISCARDED":
+            self._on_discarded(read_message(Discarded, event.data), backend)
+        elif event.event == "X_UPM_LEASE_EXPIRED":
+            log.warning("lease-expired", vm=self.name, hint="this daemon was too slow, or stopped")
+            await backend.configure(backend.deferred or frozenset())
+            await self._resync(exits)
+
+    def _on_discarded(self, done: Discarded, backend: KvmAttributes) -> None:
+        request = backend.complete(done)
+        if request is None:
+            return
+        self._totals["discarded_bytes"] += done.discarded
+        self._telemetry.line(
+            "discard", id=done.id, copy=request.discard.copy, discarded_bytes=done.discarded,
+            skipped_bytes=done.skipped, error=done.error,
+            total_discarded_bytes=self._totals["discarded_bytes"],
+        )
+
+    def _follow(self, batch: Batch, exits: PluginExits) -> None:
+        if not batch.records and not batch.dropped:
+            return
+        applied = self._ledger.apply(batch.records, time.monotonic_ns())
+        conversions = sum(record.count for record in batch.records)
+        self._totals["conversions"] += conversions
+        self._telemetry.line(
+            "batch", cursor=exits.cursor, records=len(batch.records), conversions=conversions,
+            to_private_bytes=sum(r.size for r in batch.records if r.private),
+            to_shared_bytes=sum(r.size for r in batch.records if not r.private),
+            deferred_bytes=applied.deferred_bytes, reused_bytes=applied.reused_bytes,
+            dropped=batch.dropped, stale_bytes=self._ledger.stale_bytes,
+            total_conversions=self._totals["conversions"],
+        )
+
+    def _decide(self, batch: Batch) -> Decision:
+        """The policy's decision; once it has failed, eager for good."""
+        if self._failed:
+            return self._eager()
+        try:
+            decision = checked(
+                self._policy.decide(batch, self._ledger, time.monotonic_ns(), Pressure())
+            )
+        except Exception as error:  # noqa: BLE001 - a policy may raise anything
+            hint = error.hint if isinstance(error, PolicyError) else "tell the policy's author"
+            log.error("fallback", vm=self.name, policy=self._table.policy.name,
+                      error=repr(error), hint=hint)
+            self._telemetry.line("fallback", policy=self._table.policy.name, error=repr(error))
+            self._failed = True
+            return self._eager()
+        self._wake_ns = decision.wake_at_ns
+        return decision
+
+    def _eager(self) -> Decision:
+        # The plugin drains by itself what eager must not keep.
+        self._wake_ns = None
+        return Decision()
+
+    def _submit(self, decision: Decision, backend: KvmAttributes) -> None:
+        for discard in decision.discards:
+            self._ledger.remove(discard.copy, discard.pages)
+            for request in backend.submit(discard):
+                self._telemetry.line(
+                    "decision", id=request.id, copy=discard.copy, bytes=request.bytes,
+                    ranges=len(request.ranges), reason=discard.reason,
+                )
+
+    async def _leave(
+        self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes
+    ) -> None:
+        """Stopped by the operator: leave the VM as if we had never been here."""
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while backend.busy:
+                    for event in await monitor.wait_events(SETTLE_SECONDS):
+                        await self._on_event(event, exits, backend)
+                    await backend.pump()
+        except (TimeoutError, PeerError):
+            pass
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                self._follow(await exits.read(), exits)
+                await backend.configure(frozenset())
+                query = await exits.query()
+                self._telemetry.line("detached", counters=query.counters)
+        except (TimeoutError, PeerError) as error:
+            log.warning("not-left-cleanly", vm=self.name, error=str(error),
+                        hint="the plugin does the same by itself when the lease runs out")
+        self._to(State.STOPPED)
