@@ -6,16 +6,25 @@ SOURCES := pyproject.toml meson.build README.md LICENSE $(wildcard plugin/*) \
 	$(shell find qmp_upm policies -name '*.py' -o -name py.typed)
 
 .DEFAULT_GOAL := help
-.PHONY: help test build packages clean
+.PHONY: help demo test lab lint build packages clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
 
 
+demo: build ## Run a guest under each policy, on real KVM, and print what it cost
+	$(BIN)/python -m tests.lab compare --workload ovmf --out demo-results
+
 test: build ## Run all tests
 	$(BIN)/pytest
 
 
+
+lab: build ## Build the lab: kernel, guest and test-only preload
+	$(BIN)/python -m tests.lab build
+
+lint: build ## Check style and types
+	$(BIN)/pytest tests/unit/test_linters.py
 
 build: packages $(VENV)/installed ## Install what is missing, then the project into .venv
 

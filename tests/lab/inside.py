@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs scenarios one by one where KVM makes software-protected VMs. `python -m tests.lab.inside DIR`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+from qmp_upm.telemetry import read_totals
+from qmp_upm.units import parse_size
+from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
+
+GUEST_SECONDS = 100.0
+SETTLE_SECONDS = 15.0
+POLL_SECONDS = 0.05
+# Index of the class callback that the shim sets, by major release.
+KVM_TYPE = {10: "2", 11: "7"}
+
+
+def wait_until(done: Callable[[], bool], seconds: float) -> bool:
+    """Polls; False if it did not come true in time."""
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+class Run:
+    """One scenario: QEMU, daemon and what was seen of them."""
+
+    def __init__(self, scenario: Scenario, job: dict[str, Any], out: Path, work: Path) -> None:
+        self.scenario, self.job, self.out, self.work = scenario, job, out, work
+        self.guest_output = work / "guest.out"
+        self.daemon_log = out / f"{scenario.name}.log"
+        self.telemetry = out / f"{scenario.name}.jsonl"
+        self.max_stale = 0
+        self.killed = False
+
+    def start(self) -> None:
+        """QEMU, stopped; then the daemon, until it has configured the plugin or refused."""
+        s = self.scenario
+        version = subprocess.run(["qemu-system-x86_64", "--version"], check=True, text=True,
+                                 capture_output=True).stdout.split()[3]
+        preload = f"{self.job['shim']}:{self.job['plugin']}" if s.plugin else self.job["shim"]
+        arguments = (
+            f"workload={s.workload} vcpus={s.vcpus} flips={s.flips or FLIPS[s.workload]} seed=7"
+        )
+        self.qemu = subprocess.Popen(
+            ["qemu-system-x86_64", "-accel", "kvm", "-machine", "q35,smm=off,memory-backend=ram",
+             "-object", "memory-backend-memfd,id=ram,size=256M,share=on", "-m", "256",
+             "-smp", str(s.vcpus), "-nodefaults", "-display", "none", "-no-reboot", "-S",
+             "-kernel", self.job["payload"], "-append", arguments,
+             "-debugcon", f"file:{self.guest_output}", "-monitor", "none",
+             "-qmp", f"unix:{self.work}/daemon.sock,server=on,wait=off",
+             "-qmp", f"unix:{self.work}/runner.sock,server=on,wait=off"],
+            env=dict(os.environ, LD_PRELOAD=preload,
+                     LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])]))
+        if not wait_until((self.work / "runner.sock").exists, 20):
+            raise RuntimeError("QEMU did not start")
+        self.monitor = QEMUMonitorProtocol(f"{self.work}/runner.sock")
+        self.monitor.connect(negotiate=True)
+        config = self.work / "config.toml"
+        config.write_text(s.config(f"{self.work}/daemon.sock", str(self.out)), encoding="utf-8")
+        with self.daemon_log.open("wb") as log:
+            self.daemon = subprocess.Popen(
+                [str(Path(sys.executable).with_name("qmp-upm")), "run", "--config", str(config)],
+                stderr=log)
+        if not wait_until(self._daemon_ready, 40):
+            raise RuntimeError(f"the daemon did not attach: {self.daemon_log.read_text()}")
+
+    def _daemon_ready(self) -> bool:
+        if not self.scenario.plugin:
+            return '"refused"' in self.daemon_log.read_text(encoding="utf-8")
+        return bool(self.query()["lease"]["ms"])
+
+    def query(self) -> dict[str, Any]:
+        """The plugin's state; remembers the most stale bytes seen."""
+        query: dict[str, Any] = self.monitor.cmd("x-upm-query")
+        self.max_stale = max(self.max_stale, query["stale"]["private"] + query["stale"]["shared"])
+        return query
+
+    def stale(self) -> int:
+        """Stale bytes now."""
+        stale = self.query()["stale"]
+        return int(stale["private"] + stale["shared"])
+
+    def guest(self) -> dict[str, int]:
+        """Lets the guest work until it reports."""
+        self.monitor.cmd("cont")
+        start = time.monotonic()
+
+        def reported() -> bool:
+            kill_at = self.scenario.kill_daemon_after
+            if kill_at is not None and not self.killed and time.monotonic() - start >= kill_at:
+                self.daemon.kill()
+                self.killed = True
+            if self.scenario.plugin:
+                self.query()
+            return self.guest_output.exists() and "}" in self.guest_output.read_text()
+
+        if not wait_until(reported, GUEST_SECONDS):
+            raise RuntimeError("the guest did not finish")
+        report: dict[str, int] = json.loads(self.guest_output.read_text())
+        if self.scenario.kill_daemon_after is not None and not self.killed:
+            raise RuntimeError("the guest finished before the daemon was to be killed")
+        return report
+
+    def settle(self) -> dict[str, Any]:
+        """Until the ledger is empty, where it should become so, and telemetry has all."""
+        if self.killed:
+            time.sleep(LEASE_SECONDS)
+        if self.killed or self.scenario.policy in ("lazy", "batched", "eager"):
+            wait_until(lambda: not self.stale(), SETTLE_SECONDS)
+        final = self.query()
+        made = sum(final["counters"][f"conversions-to-{c}"] for c in ("private", "shared"))
+        if not self.killed:
+            wait_until(lambda: self.telemetry.exists()
+                       and read_totals(self.telemetry)["conversions"] >= made, SETTLE_SECONDS)
+        return final
+
+    def stop_daemon(self) -> tuple[int, float]:
+        """Exit code and processor seconds."""
+        if not self.killed:
+            self.daemon.send_signal(signal.SIGTERM)
+        _, status, usage = os.wait4(self.daemon.pid, 0)
+        self.daemon.returncode = os.waitstatus_to_exitcode(status)
+        return self.daemon.returncode, usage.ru_utime + usage.ru_stime
+
+    def result(self) -> dict[str, Any]:
+        """Everything, from start to end."""
+        s = self.scenario
+        self.start()
+        version = self.monitor.cmd("query-version")["qemu"]
+        guest = self.guest()
+        result: dict[str, Any] = {
+            "name": s.name, "policy": s.policy, "workload": s.workload, "vcpus": s.vcpus,
+            "qemu_version": "{major}.{minor}.{micro}".format(**version), "plugin": s.plugin,
+            "guest_conversions": guest["conversions"], "data_errors": guest["errors"],
+            "guest_cycles": guest["cycles"], "budget_bytes": parse_size(s.budget_text),
+        }
+        if s.plugin:
+            result |= self._plugin_result(self.settle())
+        code, cpu = self.stop_daemon()
+        result |= {"daemon_exit": code, "daemon_cpu_seconds": round(cpu, 3)}
+        if s.plugin:
+            result["after_daemon_stale_bytes"] = self.stale()
+        else:
+            log = self.daemon_log.read_text(encoding="utf-8").splitlines()
+            result["refusal"] = next(json.loads(x)["hint"] for x in log if '"refused"' in x)
+        totals = read_totals(self.telemetry)
+        return result | {
+            "seen_conversions": totals["conversions"], "dropped_records": totals["dropped"],
+            "telemetry_discarded_bytes": totals["discarded_bytes"],
+            "telemetry_file": self.telemetry.name,
+        }
+
+    def _plugin_result(self, final: dict[str, Any]) -> dict[str, Any]:
+        counters: dict[str, int] = final["counters"]
+
+        def both(name: str) -> int:
+            return sum(counters[f"{name}-bytes-{copy}"] for copy in ("private", "shared"))
+
+        return {
+            "vm_kind": final["vm-kind"],
+            "discarded_bytes": both("inline") + both("requested") + both("failsafe"),
+            "requested_bytes": both("requested"), "reused_bytes": both("reused"),
+            "discards": counters["discards"], "peak_stale_bytes": final["stale"]["peak"],
+            "final_stale_bytes": final["stale"]["private"] + final["stale"]["shared"],
+            "max_polled_stale_bytes": self.max_stale, "counters": counters,
+        }
+
+    def close(self) -> None:
+        """Leaves nothing running."""
+        for process in (getattr(self, "daemon", None), getattr(self, "qemu", None)):
+            if process and process.returncode is None:
+                process.kill()
+                process.wait()
+
+
+def main() -> None:
+    """Every scenario of DIR/job.json; a result that could not be had is absent, and said why."""
+    out = Path(sys.argv[1])
+    job = json.loads((out / "job.json").read_text(encoding="utf-8"))
+    for number, fields in enumerate(job["scenarios"]):
+        scenario = Scenario(**fields)
+        work = Path(os.environ.get("TMPDIR", "/tmp")) / f"upm-{os.getpid()}-{number}"  # noqa: S108
+        work.mkdir()
+        run = Run(scenario, job, out, work)
+        try:
+            result = run.result()
+            (out / f"{scenario.name}.json").write_text(json.dumps(result), encoding="utf-8")
+            print(f"{scenario.name}: done", flush=True)
+        except Exception as error:  # noqa: BLE001 - the next scenario is worth running
+            print(f"{scenario.name}: {error!r}", flush=True)
+        finally:
+            run.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs a list of scenarios: on the host's own KVM where it has the VM type, else in the lab."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.lab import build
+from tests.lab.build import LabError, say
+from tests.lab.scenario import Scenario
+
+ROOT = Path(__file__).parents[2]
+CHECK_EXTENSION = 0xAE03
+CAP_MEMORY_ATTRIBUTES, CAP_VM_TYPES = 233, 235
+SW_PROTECTED_VM = 1
+BOOT_SECONDS, RUN_SECONDS = 60, 120
+
+
+def host_has_vm_type() -> bool:
+    """Whether /dev/kvm makes software-protected VMs whose memory converts."""
+    try:
+        with open("/dev/kvm", "rb+", buffering=0) as kvm:
+            types = fcntl.ioctl(kvm, CHECK_EXTENSION, CAP_VM_TYPES)
+            return bool(types >> SW_PROTECTED_VM & 1
+                        and fcntl.ioctl(kvm, CHECK_EXTENSION, CAP_MEMORY_ATTRIBUTES))
+    except OSError:
+        return False
+
+
+def kvm_used() -> str:
+    """For the reader of a result."""
+    if host_has_vm_type():
+        return "this host's KVM"
+    return "the lab: KVM of Linux 6.12, nested in QEMU's emulation of a processor with SVM"
+
+
+def run_scenarios(scenarios: list[Scenario], out: Path) -> list[dict[str, Any]]:
+    """The results, in order; results and telemetry files are left in ``out``.
+
+    Raises LabError if a scenario gave no result.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    plugin = subprocess.run([str(Path(sys.executable).with_name("qmp-upm")), "plugin", "path"],
+                            check=True, capture_output=True, text=True).stdout.strip()
+    job = {
+        "scenarios": [s.to_json() for s in scenarios], "plugin": plugin,
+        "shim": str(build.shim()), "payload": str(build.payload()),
+    }
+    (out / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    for scenario in scenarios:
+        for old in (out / f"{scenario.name}.json", out / f"{scenario.name}.jsonl"):
+            old.unlink(missing_ok=True)
+    seconds = BOOT_SECONDS + RUN_SECONDS * len(scenarios)
+    if host_has_vm_type():
+        console = out / "console.log"
+        with console.open("wb") as log:
+            subprocess.run([sys.executable, "-m", "tests.lab.inside", str(out)], cwd=ROOT,
+                           stdout=log, stderr=log, timeout=seconds, check=False)
+    else:
+        console = _run_in_lab(out, seconds)
+    results = []
+    for scenario in scenarios:
+        file = out / f"{scenario.name}.json"
+        if not file.exists():
+            tail = "\n".join(console.read_text(errors="replace").splitlines()[-20:])
+            raise LabError(f"{scenario.name} gave no result:\n{tail}\nhint: see {console}")
+        results.append(json.loads(file.read_text(encoding="utf-8")) | {"kvm": kvm_used()})
+    return results
+
+
+def _run_in_lab(out: Path, seconds: int) -> Path:
+    kernel, initramfs, console = build.kernel(), build.initramfs(), out / "console.log"
+    (out / "go").write_text(
+        f"cd '{ROOT}' && PATH='{os.environ['PATH']}' PYTHONDONTWRITEBYTECODE=1 TMPDIR=/run "
+        f"'{sys.executable}' -m tests.lab.inside /run/lab\n", encoding="utf-8")
+    say("Starting the lab's machine.")
+    command = [
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "microvm,acpi=off,rtc=on",
+        "-cpu", "max,+svm,+npt", "-smp", "2", "-m", "3072", "-nodefaults", "-no-reboot",
+        "-display", "none", "-serial", f"file:{console}", "-kernel", str(kernel),
+        "-initrd", str(initramfs), "-append", "console=ttyS0 panic=-1 reboot=t quiet",
+        "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
+        "-device", "virtio-9p-device,fsdev=host,mount_tag=host",
+        "-fsdev", f"local,id=share,path={out.resolve()},security_model=none",
+        "-device", "virtio-9p-device,fsdev=share,mount_tag=share",
+    ]
+    with tempfile.TemporaryFile() as errors:
+        try:
+            code = subprocess.run(command, timeout=seconds, stderr=errors, check=False).returncode
+        except subprocess.TimeoutExpired as error:
+            raise LabError(f"the lab did not end within {seconds} s\nhint: see {console}") from error
+        if code:
+            errors.seek(0)
+            raise LabError(f"QEMU failed: {errors.read().decode(errors='replace')}"
+                           "\nhint: it takes QEMU 9.1 or newer with TCG and 3 GiB of memory")
+    return console

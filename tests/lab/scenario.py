@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What to run, as it is given to the machine that runs it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+POLICIES = ("eager", "lazy", "batched", "none")
+WORKLOADS = ("flip", "ovmf", "swiotlb", "random", "selftest")
+FLIPS = {"flip": 2000, "ovmf": 5100, "swiotlb": 5000, "random": 20000, "selftest": 1}
+LEASE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One guest under one policy. ``flips`` 0: the workload's own number."""
+
+    policy: str = "eager"
+    workload: str = "ovmf"
+    vcpus: int = 1
+    flips: int = 0
+    budget: str = ""
+    kill_daemon_after: float | None = None
+    plugin: bool = True
+    name: str = field(default="run")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the runner's list."""
+        return asdict(self)
+
+    @property
+    def budget_text(self) -> str:
+        """What the daemon is given: without a limit of its own, `none` must not meet one."""
+        return self.budget or ("1 GiB" if self.policy == "none" else "64 MiB")
+
+    def config(self, socket: str, directory: str) -> str:
+        """The daemon's configuration."""
+        policy = {
+            "eager": 'name = "eager"',
+            "none": 'name = "eager", copies = "none"',
+            "lazy": 'name = "lazy", max_age = "2 s"',
+            "batched": 'name = "batched", max_bytes = "4 MiB", max_delay = "200 ms"',
+        }[self.policy]
+        return (
+            f'[telemetry]\ndirectory = "{directory}"\n'
+            f'[vms.{self.name}]\nsocket = "{socket}"\nbudget = "{self.budget_text}"\n'
+            f'lease = "{LEASE_SECONDS} s"\nnotify = "20 ms"\npolicy = {{ {policy} }}\n'
+        )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real conversions: every scenario runs in one boot of the lab, and each promise is a test."""
+
+import os
+import platform
+import shutil
+from typing import Any
+
+import pytest
+
+from tests.lab import machine
+from tests.lab.build import TARBALL
+from tests.lab.scenario import POLICIES, Scenario
+
+AVAILABLE = (
+    platform.machine() == "x86_64"
+    and shutil.which("qemu-system-x86_64") is not None
+    and (TARBALL.exists() or machine.host_has_vm_type())
+)
+# On CI a missing lab is a failure of the set-up, not a reason to skip.
+pytestmark = pytest.mark.skipif(
+    not AVAILABLE and not os.environ.get("CI"),
+    reason="needs x86-64, qemu-system-x86_64 and the kernel's source: run 'make test'",
+)
+
+SCENARIOS = [
+    *(Scenario(policy=p, workload="ovmf", flips=2000, name=f"ovmf-{p}") for p in POLICIES),
+    *(Scenario(policy=p, workload="ovmf", flips=1000, budget="64 KiB", name=f"small-{p}")
+      for p in ("lazy", "batched")),
+    *(Scenario(policy=p, workload="random", vcpus=2, flips=20000, name=f"random-{p}")
+      for p in POLICIES),
+    Scenario(policy="lazy", workload="swiotlb", budget="128 MiB", name="swiotlb"),
+    Scenario(policy="none", workload="flip", flips=1000, name="flip"),
+    Scenario(policy="lazy", workload="ovmf", flips=5100, kill_daemon_after=1, name="killed"),
+    Scenario(policy="eager", workload="ovmf", flips=500, plugin=False, name="stock"),
+    Scenario(policy="none", workload="selftest", name="selftest"),
+]
+WITH_PLUGIN = [s.name for s in SCENARIOS if s.plugin]
+FOLLOWED = [s.name for s in SCENARIOS if s.plugin and s.kill_daemon_after is None]
+HONEST = [s.name for s in SCENARIOS if s.workload != "selftest"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All results by the scenario's name."""
+    found = machine.run_scenarios(SCENARIOS, tmp_path_factory.mktemp("lab"))
+    return {result["name"]: result for result in found}
+
+
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_no_data_is_lost(results: Results, name: str) -> None:
+    """What the guest wrote is there until it converts the page, then whole or zeroes."""
+    assert results[name]["data_errors"] == 0
+
+
+def test_the_guest_would_notice(results: Results) -> None:
+    """The checker finds what the guest itself corrupts: at once in both copies, and once kept."""
+    assert results["selftest"]["data_errors"] == 3
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_every_conversion_is_seen(results: Results, name: str) -> None:
+    """The daemon's telemetry adds up to the guest's own count, and to the plugin's."""
+    result = results[name]
+    counters = result["counters"]
+    assert result["seen_conversions"] == result["guest_conversions"]
+    assert result["dropped_records"] == 0
+    assert result["guest_conversions"] == (
+        counters["conversions-to-private"] + counters["conversions-to-shared"])
+    assert result["telemetry_discarded_bytes"] == result["requested_bytes"]
+
+
+@pytest.mark.parametrize("name", WITH_PLUGIN)
+def test_accounting_closes(results: Results, name: str) -> None:
+    """What was deferred was used again, given back, or is still there: to the byte."""
+    counters = results[name]["counters"]
+    left = sum(
+        counters[f"{what}-bytes-{copy}"]
+        for what in ("reused", "requested", "failsafe", "superseded", "forgotten")
+        for copy in ("private", "shared"))
+    deferred = sum(counters[f"deferred-bytes-{copy}"] for copy in ("private", "shared"))
+    assert deferred == left + results[name]["final_stale_bytes"]
+
+
+@pytest.mark.parametrize("name", WITH_PLUGIN)
+def test_budget_holds(results: Results, name: str) -> None:
+    """Stale bytes never pass the budget."""
+    result = results[name]
+    assert result["max_polled_stale_bytes"] <= result["peak_stale_bytes"]
+    assert result["peak_stale_bytes"] <= result["budget_bytes"]
+
+
+@pytest.mark.parametrize(
+    "name", [s.name for s in SCENARIOS if s.plugin and s.policy in ("eager", "lazy", "batched")])
+def test_nothing_is_kept_for_ever(results: Results, name: str) -> None:
+    """Once idle past their age, all stale copies are gone."""
+    assert results[name]["final_stale_bytes"] == 0
+
+
+def test_lazy_and_batched_keep_some(results: Results) -> None:
+    """They do defer: copies were held, and used again."""
+    for name in ("ovmf-lazy", "ovmf-batched", "small-lazy", "small-batched"):
+        assert results[name]["peak_stale_bytes"] > 0
+        assert results[name]["reused_bytes"] > 0
+
+
+def test_none_keeps_everything(results: Results) -> None:
+    """No discard at all: the stale copies stay."""
+    assert results["ovmf-none"]["discarded_bytes"] == 0
+    assert results["ovmf-none"]["final_stale_bytes"] > 0
+
+
+def test_eager_keeps_nothing(results: Results) -> None:
+    """Every copy goes at its conversion."""
+    assert results["ovmf-eager"]["peak_stale_bytes"] == 0
+
+
+def test_killed_daemon_leaves_nothing(results: Results) -> None:
+    """SIGKILL: the guest goes on, and after the lease the plugin has given everything back."""
+    result = results["killed"]
+    assert result["daemon_exit"] == -9
+    assert result["counters"]["lease-expiries"] == 1
+    assert result["final_stale_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_sigterm_leaves_fail_safe(results: Results, name: str) -> None:
+    """The daemon exits with 0 when told to."""
+    assert results[name]["daemon_exit"] == 0
+
+
+def test_stock_qemu_is_refused_with_a_hint(results: Results) -> None:
+    """Without the plugin the guest runs as ever, and the daemon says how to load it."""
+    result = results["stock"]
+    assert result["guest_conversions"] == 1001
+    assert "LD_PRELOAD=" in result["refusal"]
+
+
+def test_deferring_costs_fewer_cycles(results: Results) -> None:
+    """Keeping both copies takes clearly fewer guest cycles than eager: a ratio within one run."""
+    assert results["ovmf-none"]["guest_cycles"] < 0.8 * results["ovmf-eager"]["guest_cycles"]
