@@ -91,6 +91,9 @@ class Ledger:
                 self._stale[live.other].add(pages)
                 entered[live.other].add(pages)
                 deferred += record.size
+            else:
+                self._stale[live.other].remove(pages)
+                entered[live.other].remove(pages)
         for copy, new in entered.items():
             self._enter(copy, new, now_ns)
         return Applied(deferred, reused)

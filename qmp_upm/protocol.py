@@ -22,8 +22,9 @@ READ_MOST = 4096
 """Records asked for at a time: a reply stays below a megabyte."""
 
 Count = Annotated[StrictInt, Field(ge=0, lt=1 << 64)]
-Offset = Annotated[StrictInt, Field(ge=0, lt=1 << 62, multiple_of=PAGE_BYTES)]
-Size = Annotated[StrictInt, Field(gt=0, lt=1 << 62, multiple_of=PAGE_BYTES)]
+# Below 8 TiB, so that the last page of any range has a number of 32 bits.
+Offset = Annotated[StrictInt, Field(ge=0, lt=1 << 43, multiple_of=PAGE_BYTES)]
+Size = Annotated[StrictInt, Field(gt=0, lt=1 << 43, multiple_of=PAGE_BYTES)]
 RegionId = Annotated[StrictInt, Field(gt=0, lt=1 << 16)]
 Flag = Annotated[StrictInt, Field(ge=0, le=1)]
 

@@ -10,12 +10,12 @@ import structlog
 
 from qmp_upm.backends import KvmAttributes, Settings
 from qmp_upm.config import VmTable
-from qmp_upm.errors import PeerError, PluginMissingError, PolicyError
+from qmp_upm.errors import MessageError, PeerError, PluginMissingError, PolicyError
 from qmp_upm.exits import PluginExits
 from qmp_upm.ledger import Ledger
 from qmp_upm.plugin import plugin_env
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
-from qmp_upm.protocol import COMMANDS, Copy, Discarded, Event, Query, read_message
+from qmp_upm.protocol import COMMANDS, PROTOCOL, Discarded, Event, Query, read_message
 from qmp_upm.qmp import Monitor
 from qmp_upm.telemetry import Telemetry
 from qmp_upm.units import NSEC
@@ -92,6 +92,11 @@ class Session:
             )
         exits = PluginExits(monitor)
         query = await exits.query()
+        if query.protocol != PROTOCOL:
+            raise MessageError(
+                f"the plugin speaks protocol {query.protocol}, this daemon {PROTOCOL}",
+                hint="restart the VM with the plugin of this release",
+            )
         backend = KvmAttributes(
             monitor,
             Settings(self._table.budget, int(self._table.lease * 1000),
@@ -100,8 +105,7 @@ class Session:
             time.monotonic,
         )
         decision = self._decide(Batch())
-        exits.start(query.records.head if query.stale.private + query.stale.shared else
-                    query.records.oldest)
+        exits.start(query.records.head)
         await backend.configure(decision.defer)
         await self._resync(exits)
         self._to(State.ATTACHED)

@@ -20,6 +20,7 @@ from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 GUEST_SECONDS = 100.0
 SETTLE_SECONDS = 15.0
 POLL_SECONDS = 0.05
+ATTEMPTS = 2
 # Index of the class callback that the shim sets, by major release.
 KVM_TYPE = {10: "2", 11: "7"}
 
@@ -105,10 +106,12 @@ class Run:
                 self.killed = True
             if self.scenario.plugin:
                 self.query()
+            if self.monitor.cmd("query-status")["status"] == "internal-error":
+                raise RuntimeError("the guest's processor failed: KVM internal error")
             return self.guest_output.exists() and "}" in self.guest_output.read_text()
 
         if not wait_until(reported, GUEST_SECONDS):
-            raise RuntimeError("the guest did not finish")
+            raise RuntimeError(f"the guest did not finish: {self.monitor.cmd('query-status')}")
         report: dict[str, int] = json.loads(self.guest_output.read_text())
         if self.scenario.kill_daemon_after is not None and not self.killed:
             raise RuntimeError("the guest finished before the daemon was to be killed")
@@ -192,17 +195,22 @@ def main() -> None:
     job = json.loads((out / "job.json").read_text(encoding="utf-8"))
     for number, fields in enumerate(job["scenarios"]):
         scenario = Scenario(**fields)
-        work = Path(os.environ.get("TMPDIR", "/tmp")) / f"upm-{os.getpid()}-{number}"  # noqa: S108
-        work.mkdir()
-        run = Run(scenario, job, out, work)
-        try:
-            result = run.result()
-            (out / f"{scenario.name}.json").write_text(json.dumps(result), encoding="utf-8")
-            print(f"{scenario.name}: done", flush=True)
-        except Exception as error:  # noqa: BLE001 - the next scenario is worth running
-            print(f"{scenario.name}: {error!r}", flush=True)
-        finally:
-            run.close()
+        # The emulated processor sometimes loses a guest ("KVM internal error", stock QEMU too). One
+        # more try then, and the result says so; a guest that reports is never tried again.
+        for attempt in range(1, ATTEMPTS + 1):
+            work = Path(os.environ.get("TMPDIR", "/tmp")) / f"upm-{os.getpid()}-{number}-{attempt}"  # noqa: S108
+            work.mkdir(parents=True)
+            (out / f"{scenario.name}.jsonl").unlink(missing_ok=True)
+            run = Run(scenario, job, out, work)
+            try:
+                result = run.result() | {"attempts": attempt}
+                (out / f"{scenario.name}.json").write_text(json.dumps(result), encoding="utf-8")
+                print(f"{scenario.name}: done", flush=True)
+                break
+            except Exception as error:  # noqa: BLE001 - the next scenario is worth running
+                print(f"{scenario.name}: {error!r}", flush=True)
+            finally:
+                run.close()
 
 
 if __name__ == "__main__":

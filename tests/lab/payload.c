@@ -350,11 +350,12 @@ static void start_processors(void)
     }
     *(volatile uint32_t *)(APIC + 0xf0) |= 0x100;
     apic_command(0x000c4500); /* INIT to all but this one */
-    for (until = cycles() + 20000000; cycles() < until;) {
-    }
-    apic_command(0x000c4600 | TRAMPOLINE >> 12);
+    /* On a busy host one of them may not have seen INIT yet; who runs already ignores the next. */
     while (processors < vcpus) {
-        __asm__ volatile("pause");
+        for (until = cycles() + 50000000; cycles() < until && processors < vcpus;) {
+            __asm__ volatile("pause");
+        }
+        apic_command(0x000c4600 | TRAMPOLINE >> 12);
     }
 }
 
