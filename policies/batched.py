@@ -23,9 +23,7 @@ class Batched(Policy):
 
     Parameters: ClassVar[type[policy.Parameters]] = BatchedParameters
 
-    def decide(
-        self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure
-    ) -> Decision:
+    def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
         """All or nothing."""
         times = [t for copy in Copy if (t := ledger.oldest_ns(copy)) is not None]
         if not times:

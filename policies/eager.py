@@ -19,9 +19,7 @@ class Eager(Policy):
 
     Parameters: ClassVar[type[policy.Parameters]] = EagerParameters
 
-    def decide(
-        self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure
-    ) -> Decision:
+    def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
         """The same at any time."""
         copies = self.parameters.copies
         return Decision(frozenset(copy for copy in Copy if copies not in ("both", copy)))

@@ -32,9 +32,7 @@ class Lazy(Policy):
 
     Parameters: ClassVar[type[policy.Parameters]] = LazyParameters
 
-    def decide(
-        self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure
-    ) -> Decision:
+    def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
         """What is too old, and what is too much."""
         own, discards, wake = self.parameters, [], None
         excess = 0

@@ -21,7 +21,7 @@ ANSWER_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What the plugin is told once: budget in bytes, lease and doorbell interval in milliseconds."""
+    """What the plugin is told once: bytes, and milliseconds."""
 
     budget_bytes: int
     lease_ms: int

@@ -48,8 +48,9 @@ def run(
     from qmp_upm.logs import configure_logs  # noqa: PLC0415
 
     if log_level not in ("debug", "info", "warning", "error"):
-        raise typer.BadParameter(f"{log_level!r} is no level: debug, info, warning or error",
-                                 param_hint="--log-level")
+        raise typer.BadParameter(
+            f"{log_level!r} is no level: debug, info, warning or error", param_hint="--log-level"
+        )
     configure_logs(log_level)
     serve(load_config(config))
 

@@ -70,8 +70,9 @@ def load_config(path: Path) -> Config:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}",
-                          hint="give a file with --config") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", hint="give a file with --config"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}", hint="see configs/ for examples") from error
     defaults, vms = tree.get("defaults", {}), tree.get("vms", {})
@@ -87,13 +88,16 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: {key}: {first['msg']}", hint=_hint(first["type"])) from error
     for name, vm in config.vms.items():
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"{path}: vms.{name}: not a usable name",
-                              hint="letters, digits, '.', '_' and '-', 64 at most: it names a file")
+            raise ConfigError(
+                f"{path}: vms.{name}: not a usable name",
+                hint="letters, digits, '.', '_' and '-', 64 at most: it names a file",
+            )
         try:
             vm.policy.make()
         except ConfigError as error:
-            raise ConfigError(f"{path}: vms.{name}.policy: {error.message}",
-                              hint=error.hint) from error
+            raise ConfigError(
+                f"{path}: vms.{name}.policy: {error.message}", hint=error.hint
+            ) from error
     return config
 
 

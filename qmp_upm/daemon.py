@@ -49,6 +49,7 @@ def serve(config: Config) -> None:
     try:
         config.telemetry.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"telemetry.directory: {error}",
-                          hint="name a directory that this user may write") from error
+        raise ConfigError(
+            f"telemetry.directory: {error}", hint="name a directory that this user may write"
+        ) from error
     asyncio.run(_serve(config))

@@ -98,7 +98,7 @@ class PluginExits:
                     for offset, size in part.ranges:
                         if offset + size > region.size:
                             raise MessageError(
-                                f"x-upm-stale: a range reaches beyond the end of region {region.id}",
+                                f"x-upm-stale: a range beyond the end of region {region.id}",
                                 hint="the VM's QEMU or plugin is faulty; restart the VM",
                             )
                         stale[copy].add(Range(region.id, offset, size))

@@ -67,7 +67,11 @@ class Ledger:
         """The oldest stale pages of both copies, ``size`` bytes rounded up to a page, or all."""
         chosen = {copy: PageSet() for copy in Copy}
         queue = sorted(
-            ((cohort.time_ns, copy, cohort.pages) for copy in Copy for cohort in self._cohorts[copy]),
+            (
+                (cohort.time_ns, copy, cohort.pages)
+                for copy in Copy
+                for cohort in self._cohorts[copy]
+            ),
             key=lambda entry: entry[:2],
         )
         for _, copy, pages in queue:
@@ -130,9 +134,7 @@ class Ledger:
     def _join_neighbours(self, copy: Copy) -> None:
         """Join the two neighbours that are closest in time."""
         cohorts = self._cohorts[copy]
-        at = min(
-            range(len(cohorts) - 1), key=lambda i: cohorts[i + 1].time_ns - cohorts[i].time_ns
-        )
+        at = min(range(len(cohorts) - 1), key=lambda i: cohorts[i + 1].time_ns - cohorts[i].time_ns)
         cohorts[at].pages |= cohorts.pop(at + 1).pages
 
     def _drop_empty(self, copy: Copy) -> None:

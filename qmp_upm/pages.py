@@ -98,11 +98,8 @@ class PageSet:
         return self
 
     def __and__(self, other: "PageSet") -> "PageSet":
-        return PageSet({
-            region: pages & other._regions[region]
-            for region, pages in self._regions.items()
-            if region in other._regions
-        })
+        mine, theirs = self._regions, other._regions
+        return PageSet({region: mine[region] & theirs[region] for region in mine.keys() & theirs})
 
     def __bool__(self) -> bool:
         return any(self._regions.values())

@@ -101,9 +101,7 @@ class Policy(ABC):
         self.parameters = parameters
 
     @abstractmethod
-    def decide(
-        self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure
-    ) -> Decision:
+    def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
         """What to keep and what to discard. ``now_ns`` is the clock of the records and ages."""
 
 
@@ -136,7 +134,9 @@ def make_policy(name: str, parameters: Mapping[str, object]) -> Policy:
         key = ".".join(str(part) for part in first["loc"])
         known = ", ".join(policy.Parameters.model_fields)
         raise ConfigError(
-            f"policy {name!r}: {key}: {first['msg']}" if key else f"policy {name!r}: {first['msg']}",
+            f"policy {name!r}: {key}: {first['msg']}"
+            if key
+            else f"policy {name!r}: {first['msg']}",
             hint=f"its parameters: {known or 'none'}",
         ) from error
     return policy(validated)
@@ -144,15 +144,15 @@ def make_policy(name: str, parameters: Mapping[str, object]) -> Policy:
 
 def checked(decision: object) -> Decision:
     """``decision`` if it is one, whole; otherwise PolicyError."""
-    if not (
-        isinstance(decision, Decision)
-        and all(isinstance(copy, Copy) for copy in decision.defer)
-        and isinstance(decision.wake_at_ns, int | None)
-        and all(
-            isinstance(d, Discard) and isinstance(d.copy, Copy) and isinstance(d.pages, PageSet)
-            for d in decision.discards
-        )
-    ):
+    parts: list[tuple[Any, type]] = []
+    if isinstance(decision, Decision):
+        parts = [(copy, Copy) for copy in decision.defer]
+        parts += [(discard, Discard) for discard in decision.discards]
+        parts += [(getattr(d, "copy", None), Copy) for d in decision.discards]
+        parts += [(getattr(d, "pages", None), PageSet) for d in decision.discards]
+        if decision.wake_at_ns is not None:
+            parts.append((decision.wake_at_ns, int))
+    if not isinstance(decision, Decision) or not all(isinstance(p, kind) for p, kind in parts):
         raise PolicyError(
             f"the policy returned {type(decision).__name__}, or parts that are no decision",
             hint="decide() returns a qmp_upm.policy.Decision",

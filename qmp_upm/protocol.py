@@ -105,7 +105,7 @@ class Record(NamedTuple):
     private: Flag
     deferred: Flag
     time_ns: Count
-    count: Count
+    count: Count  # type: ignore[assignment] # a field, where tuple has a method
 
 
 class Read(Message):

@@ -137,9 +137,7 @@ class Monitor:
                 hint="QEMU may be stopped or hung; it is tried again",
             ) from error
         except ExecuteError as error:
-            raise CommandError(
-                f"{command}: {error}", hint="see the message of QEMU"
-            ) from error
+            raise CommandError(f"{command}: {error}", hint="see the message of QEMU") from error
         except (ExecInterruptedError, QMPError, OSError) as error:
             raise LinkError(
                 f"the connection broke during {command}", hint="it is made again by itself"

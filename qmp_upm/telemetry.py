@@ -24,7 +24,8 @@ log = structlog.get_logger()
 class Telemetry:
     """The file ``<directory>/<vm>.jsonl``; lines are appended.
 
-    Every line has ``event``, ``vm``, ``time`` (seconds since 1970) and ``mono_ns`` (CLOCK_MONOTONIC).
+    Every line has ``event``, ``vm``, ``time`` (seconds since 1970) and ``mono_ns``
+    (CLOCK_MONOTONIC).
     """
 
     def __init__(self, directory: Path, vm: str) -> None:
@@ -40,7 +41,10 @@ class Telemetry:
             self._lost += 1
             return
         head: dict[str, object] = {
-            "event": event, "vm": self._vm, "time": time.time(), "mono_ns": time.monotonic_ns(),
+            "event": event,
+            "vm": self._vm,
+            "time": time.time(),
+            "mono_ns": time.monotonic_ns(),
         }
         if self._lost:
             head["lost_lines"], self._lost = self._lost, 0
@@ -67,8 +71,13 @@ class Telemetry:
         except OSError as error:
             self._lost += len(block)
             if not self._failed:
-                log.error("telemetry-failed", vm=self._vm, file=str(self.path), error=str(error),
-                          hint="check the directory and the disk; the VM is served all the same")
+                log.error(  # noqa: TRY400 - an operator needs no traceback
+                    "telemetry-failed",
+                    vm=self._vm,
+                    file=str(self.path),
+                    error=str(error),
+                    hint="check the directory and the disk; the VM is served all the same",
+                )
             self._failed = True
 
 
@@ -78,8 +87,19 @@ def read_totals(path: Path) -> Mapping[str, int]:
     A torn last line, as a killed daemon leaves, is not counted.
     """
     totals = dict.fromkeys(
-        ("conversions", "to_private_bytes", "to_shared_bytes", "deferred_bytes", "dropped",
-         "discarded_bytes", "skipped_bytes", "discards", "decisions"), 0)
+        (
+            "conversions",
+            "to_private_bytes",
+            "to_shared_bytes",
+            "deferred_bytes",
+            "dropped",
+            "discarded_bytes",
+            "skipped_bytes",
+            "discards",
+            "decisions",
+        ),
+        0,
+    )
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
@@ -87,8 +107,13 @@ def read_totals(path: Path) -> Mapping[str, int]:
             continue
         keys: tuple[str, ...] = ()
         if line["event"] == "batch":
-            keys = ("conversions", "to_private_bytes", "to_shared_bytes", "deferred_bytes",
-                    "dropped")
+            keys = (
+                "conversions",
+                "to_private_bytes",
+                "to_shared_bytes",
+                "deferred_bytes",
+                "dropped",
+            )
         elif line["event"] == "discard":
             keys = ("discarded_bytes", "skipped_bytes")
             totals["discards"] += 1

@@ -20,8 +20,10 @@ def _parse(value: object, units: dict[str, float] | dict[str, int], example: str
     match = _NUMBER.fullmatch(value)
     if match is None or match[2] not in units:
         known = ", ".join(unit for unit in units if unit)
-        raise ValueError(f"{value!r} is not understood; write a number and a unit of {known}, "
-                         f"for example {example!r}")
+        raise ValueError(
+            f"{value!r} is not understood; write a number and a unit of {known}, "
+            f"for example {example!r}"
+        )
     return float(match[1]) * units[match[2]]
 
 

@@ -64,7 +64,9 @@ class Session:
             except PluginMissingError as error:
                 if self.state is not State.REFUSED:
                     self._to(State.REFUSED)
-                log.error("refused", vm=self.name, error=error.message, hint=error.hint)
+                log.error(  # noqa: TRY400 - an operator needs no traceback
+                    "refused", vm=self.name, error=error.message, hint=error.hint
+                )
                 self._telemetry.line("refused", error=error.message, hint=error.hint)
                 pause = REFUSED_SECONDS
             except PeerError as error:
@@ -99,8 +101,11 @@ class Session:
             )
         backend = KvmAttributes(
             monitor,
-            Settings(self._table.budget, int(self._table.lease * 1000),
-                     max(1, int(self._table.notify * 1000))),
+            Settings(
+                self._table.budget,
+                int(self._table.lease * 1000),
+                max(1, int(self._table.notify * 1000)),
+            ),
             random.getrandbits(40) << 20,
             time.monotonic,
         )
@@ -109,10 +114,20 @@ class Session:
         await backend.configure(decision.defer)
         await self._resync(exits)
         self._to(State.ATTACHED)
-        log.info("attached", vm=self.name, qemu=monitor.qemu_version, vm_kind=query.vm_kind,
-                 policy=self._table.policy.name)
-        self._telemetry.line("attached", qemu=monitor.qemu_version, plugin=query.version,
-                             vm_kind=query.vm_kind, counters=query.counters)
+        log.info(
+            "attached",
+            vm=self.name,
+            qemu=monitor.qemu_version,
+            vm_kind=query.vm_kind,
+            policy=self._table.policy.name,
+        )
+        self._telemetry.line(
+            "attached",
+            qemu=monitor.qemu_version,
+            plugin=query.version,
+            vm_kind=query.vm_kind,
+            counters=query.counters,
+        )
         try:
             await self._serve(monitor, exits, backend)
         except asyncio.CancelledError:
@@ -124,9 +139,7 @@ class Session:
         self._ledger.replace(await exits.read_stale(query), time.monotonic_ns())
         self._telemetry.line("resync", stale_bytes=self._ledger.stale_bytes)
 
-    async def _serve(
-        self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes
-    ) -> None:
+    async def _serve(self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes) -> None:
         while True:
             events = await monitor.wait_events(self._wait_seconds(exits))
             if monitor.take_dropped_events():
@@ -151,9 +164,7 @@ class Session:
             wait = min(wait, (self._wake_ns - time.monotonic_ns()) / NSEC)
         return max(wait, 0.001)
 
-    async def _on_event(
-        self, event: Event, exits: PluginExits, backend: KvmAttributes
-    ) -> None:
+    async def _on_event(self, event: Event, exits: PluginExits, backend: KvmAttributes) -> None:
         if event.event == "X_UPM_DISCARDED":
             self._on_discarded(read_message(Discarded, event.data), backend)
         elif event.event == "X_UPM_LEASE_EXPIRED":
@@ -167,8 +178,12 @@ class Session:
             return
         self._totals["discarded_bytes"] += done.discarded
         self._telemetry.line(
-            "discard", id=done.id, copy=request.discard.copy, discarded_bytes=done.discarded,
-            skipped_bytes=done.skipped, error=done.error,
+            "discard",
+            id=done.id,
+            copy=request.discard.copy,
+            discarded_bytes=done.discarded,
+            skipped_bytes=done.skipped,
+            error=done.error,
             total_discarded_bytes=self._totals["discarded_bytes"],
         )
 
@@ -179,11 +194,16 @@ class Session:
         conversions = sum(record.count for record in batch.records)
         self._totals["conversions"] += conversions
         self._telemetry.line(
-            "batch", cursor=exits.cursor, records=len(batch.records), conversions=conversions,
+            "batch",
+            cursor=exits.cursor,
+            records=len(batch.records),
+            conversions=conversions,
             to_private_bytes=sum(r.size for r in batch.records if r.private),
             to_shared_bytes=sum(r.size for r in batch.records if not r.private),
-            deferred_bytes=applied.deferred_bytes, reused_bytes=applied.reused_bytes,
-            dropped=batch.dropped, stale_bytes=self._ledger.stale_bytes,
+            deferred_bytes=applied.deferred_bytes,
+            reused_bytes=applied.reused_bytes,
+            dropped=batch.dropped,
+            stale_bytes=self._ledger.stale_bytes,
             total_conversions=self._totals["conversions"],
         )
 
@@ -195,10 +215,15 @@ class Session:
             decision = checked(
                 self._policy.decide(batch, self._ledger, time.monotonic_ns(), Pressure())
             )
-        except Exception as error:  # noqa: BLE001 - a policy may raise anything
+        except Exception as error:
             hint = error.hint if isinstance(error, PolicyError) else "tell the policy's author"
-            log.error("fallback", vm=self.name, policy=self._table.policy.name,
-                      error=repr(error), hint=hint)
+            log.exception(
+                "fallback",
+                vm=self.name,
+                policy=self._table.policy.name,
+                error=repr(error),
+                hint=hint,
+            )
             self._telemetry.line("fallback", policy=self._table.policy.name, error=repr(error))
             self._failed = True
             return self._eager()
@@ -215,13 +240,15 @@ class Session:
             self._ledger.remove(discard.copy, discard.pages)
             for request in backend.submit(discard):
                 self._telemetry.line(
-                    "decision", id=request.id, copy=discard.copy, bytes=request.bytes,
-                    ranges=len(request.ranges), reason=discard.reason,
+                    "decision",
+                    id=request.id,
+                    copy=discard.copy,
+                    bytes=request.bytes,
+                    ranges=len(request.ranges),
+                    reason=discard.reason,
                 )
 
-    async def _leave(
-        self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes
-    ) -> None:
+    async def _leave(self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes) -> None:
         """Stopped by the operator: leave the VM as if we had never been here."""
         try:
             async with asyncio.timeout(SETTLE_SECONDS):
@@ -238,6 +265,10 @@ class Session:
                 query = await exits.query()
                 self._telemetry.line("detached", counters=query.counters)
         except (TimeoutError, PeerError) as error:
-            log.warning("not-left-cleanly", vm=self.name, error=str(error),
-                        hint="the plugin does the same by itself when the lease runs out")
+            log.warning(
+                "not-left-cleanly",
+                vm=self.name,
+                error=str(error),
+                hint="the plugin does the same by itself when the lease runs out",
+            )
         self._to(State.STOPPED)

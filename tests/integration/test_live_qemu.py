@@ -19,14 +19,25 @@ QEMU = shutil.which("qemu-system-x86_64")
 pytestmark = [
     pytest.mark.skipif(QEMU is None, reason="needs qemu-system-x86_64"),
 ]
-needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs /dev/kvm")
+needs_kvm = pytest.mark.skipif(
+    not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs /dev/kvm"
+)
 
 
 def start_qemu(socket: Path, accel: str, *, plugin: bool) -> subprocess.Popen[str]:
     """A QEMU without a machine, waiting on a monitor."""
     command = [
-        str(QEMU), "-machine", "none", "-accel", accel, "-nodefaults", "-display", "none", "-S",
-        "-qmp", f"unix:{socket},server=on,wait=off",
+        str(QEMU),
+        "-machine",
+        "none",
+        "-accel",
+        accel,
+        "-nodefaults",
+        "-display",
+        "none",
+        "-S",
+        "-qmp",
+        f"unix:{socket},server=on,wait=off",
     ]
     env = dict(os.environ, LD_PRELOAD=str(plugin_path())) if plugin else None
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -47,7 +58,7 @@ async def connect(socket: Path) -> QMPClient:
     """A client, once QEMU listens."""
     client = QMPClient()
     async with asyncio.timeout(20):
-        while not socket.exists():
+        while not socket.exists():  # noqa: ASYNC110, ASYNC240 - QEMU tells nobody when it listens
             await asyncio.sleep(0.01)
         await client.connect(str(socket))
     return client
@@ -82,7 +93,10 @@ BAD = [
     ("x-upm-discard", {"id": 1, "copy": "both", "ranges": [[1, 0, 4096]]}),
     ("x-upm-discard", {"id": 1, "copy": "both", "ranges": [[1, 1, 4096]]}),
     ("x-upm-discard", {"id": 1, "copy": "both", "ranges": [[1, 0, 4096, 0]]}),
-    ("x-upm-discard", {"id": 1, "copy": "both", "ranges": {"a": [[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]}}),
+    (
+        "x-upm-discard",
+        {"id": 1, "copy": "both", "ranges": {"a": [[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]}},
+    ),
 ]
 
 
@@ -175,7 +189,10 @@ def test_daemon_refuses_qemu_without_plugin(tmp_path: Path) -> None:
 def test_plugin_stays_out_of_other_programs() -> None:
     """In a program that is no QEMU the plugin does nothing, and stays for what it starts."""
     result = subprocess.run(
-        ["sh", "-c", "echo $LD_PRELOAD"], check=True, capture_output=True, text=True,
+        ["sh", "-c", "echo $LD_PRELOAD"],
+        check=True,
+        capture_output=True,
+        text=True,
         env=dict(os.environ, LD_PRELOAD=str(plugin_path())),
     )
     assert (result.stdout.strip(), result.stderr) == (str(plugin_path()), "")

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qmp_upm.units import format_size
 from rich.console import Console
 from rich.table import Table
+
+from qmp_upm.units import format_size
 from tests.lab import build
 from tests.lab.build import LabError, say
 from tests.lab.machine import host_has_vm_type, kvm_used, run_scenarios
@@ -36,14 +37,19 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--vcpus", type=positive, choices=range(1, 5), default=1)
     run.add_argument("--flips", type=positive, default=0, help="how much the guest does")
     run.add_argument("--budget", default="", help='for example "64 KiB"')
-    run.add_argument("--kill-daemon-after", type=float, metavar="S",
-                     help="SIGKILL, S seconds after the guest starts")
+    run.add_argument(
+        "--kill-daemon-after",
+        type=float,
+        metavar="S",
+        help="SIGKILL, S seconds after the guest starts",
+    )
     run.add_argument("--no-plugin", action="store_true")
     compare = commands.add_parser("compare", help="every policy on one workload, twice")
     for command in (run, compare):
         command.add_argument("--workload", choices=WORKLOADS, default="ovmf")
-        command.add_argument("--out", type=Path, default=Path("lab-results"),
-                             help="folder for telemetry and logs")
+        command.add_argument(
+            "--out", type=Path, default=Path("lab-results"), help="folder for telemetry and logs"
+        )
         command.add_argument("--json", action="store_true")
     commands.add_parser("build", help="kernel, guest and test preload, into the cache")
     return top
@@ -60,20 +66,43 @@ def print_comparison(results: list[dict[str, Any]], out: Path) -> None:
     """One row a policy: means of its runs."""
     eager = mean(r["guest_cycles"] for r in results if r["policy"] == "eager")
     table = Table(title=f"{results[0]['workload']}-like guest on {kvm_used()}")
-    columns = ("policy", "conversions", "discards", "bytes reused", "peak stale", "final stale",
-               "guest time / eager", "data errors")
+    columns = (
+        "policy",
+        "conversions",
+        "discards",
+        "bytes reused",
+        "peak stale",
+        "final stale",
+        "guest time / eager",
+        "data errors",
+    )
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for policy in POLICIES:
         runs = [r for r in results if r["policy"] == policy]
-        row = {key: mean(r[key] for r in runs) for key in (
-            "guest_conversions", "discards", "reused_bytes", "peak_stale_bytes",
-            "final_stale_bytes", "guest_cycles", "data_errors")}
+        row = {
+            key: mean(r[key] for r in runs)
+            for key in (
+                "guest_conversions",
+                "discards",
+                "reused_bytes",
+                "peak_stale_bytes",
+                "final_stale_bytes",
+                "guest_cycles",
+                "data_errors",
+            )
+        }
         table.add_row(
-            policy, f"{row['guest_conversions']:.0f}", f"{row['discards']:.0f}",
-            *(format_size(int(row[key]))
-              for key in ("reused_bytes", "peak_stale_bytes", "final_stale_bytes")),
-            f"{row['guest_cycles'] / eager:.2f}", f"{row['data_errors']:.0f}")
+            policy,
+            f"{row['guest_conversions']:.0f}",
+            f"{row['discards']:.0f}",
+            *(
+                format_size(int(row[key]))
+                for key in ("reused_bytes", "peak_stale_bytes", "final_stale_bytes")
+            ),
+            f"{row['guest_cycles'] / eager:.2f}",
+            f"{row['data_errors']:.0f}",
+        )
     Console(width=110, highlight=False).print(table)
     print(f"Means of {ROUNDS} interleaved runs each. Telemetry:")
     for result in results:
@@ -91,15 +120,23 @@ def main() -> int:
                 say(f"built {build.kernel().name}")
         elif args.command == "run":
             scenario = Scenario(
-                policy=args.policy, workload=args.workload, vcpus=args.vcpus, flips=args.flips,
-                budget=args.budget, kill_daemon_after=args.kill_daemon_after,
-                plugin=not args.no_plugin)
+                policy=args.policy,
+                workload=args.workload,
+                vcpus=args.vcpus,
+                flips=args.flips,
+                budget=args.budget,
+                kill_daemon_after=args.kill_daemon_after,
+                plugin=not args.no_plugin,
+            )
             result = run_scenarios([scenario], args.out)[0]
             print(json.dumps(result)) if args.json else print_result(result)
         else:
             say(f"Each policy runs {ROUNDS} times on {kvm_used()}.")
-            scenarios = [Scenario(policy=policy, workload=args.workload, name=f"{policy}-{number}")
-                         for number in range(1, ROUNDS + 1) for policy in POLICIES]
+            scenarios = [
+                Scenario(policy=policy, workload=args.workload, name=f"{policy}-{number}")
+                for number in range(1, ROUNDS + 1)
+                for policy in POLICIES
+            ]
             results = run_scenarios(scenarios, args.out)
             print(json.dumps(results)) if args.json else print_comparison(results, args.out)
     except LabError as error:

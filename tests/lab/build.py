@@ -69,13 +69,17 @@ def _run(command: list[str], what: str, log: Path | None = None) -> None:
         if log:
             log.write_text(result.stdout + result.stderr, encoding="utf-8")
         tail = "\n".join((result.stdout + result.stderr).splitlines()[-15:])
-        raise LabError(f"{what} failed:\n{tail}" + (f"\nhint: all of it is in {log}" if log else ""))
+        raise LabError(
+            f"{what} failed:\n{tail}" + (f"\nhint: all of it is in {log}" if log else "")
+        )
 
 
 def _gcc(arguments: list[str], sources: list[str]) -> Callable[[Path], None]:
     def make(target: Path) -> None:
-        _run(["gcc", *arguments, "-o", str(target), *(str(HERE / s) for s in sources)],
-             f"gcc {' '.join(sources)}")
+        _run(
+            ["gcc", *arguments, "-o", str(target), *(str(HERE / s) for s in sources)],
+            f"gcc {' '.join(sources)}",
+        )
 
     return make
 
@@ -87,19 +91,37 @@ def _texts(*names: str) -> list[bytes]:
 def shim() -> Path:
     """The test-only preload that makes a stock QEMU run a software-protected VM."""
     parts = [*_texts("shim.c"), (HERE / "../../plugin/kvm-abi.h").read_bytes()]
-    return _cached("shim.so", parts,
-                   _gcc(["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"], ["shim.c"]))
+    return _cached(
+        "shim.so",
+        parts,
+        _gcc(["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"], ["shim.c"]),
+    )
 
 
 def payload() -> Path:
     """The guest."""
     flags = [
-        "-m32", "-ffreestanding", "-nostdlib", "-static", "-fno-pic", "-no-pie", "-O2", "-Wall",
-        "-fno-stack-protector", "-mgeneral-regs-only", "-Wextra", "-Werror",
-        "-Wl,--build-id=none", f"-Wl,-T,{HERE / 'payload.ld'}", "-Wl,--no-warn-rwx-segments",
+        "-m32",
+        "-ffreestanding",
+        "-nostdlib",
+        "-static",
+        "-fno-pic",
+        "-no-pie",
+        "-O2",
+        "-Wall",
+        "-fno-stack-protector",
+        "-mgeneral-regs-only",
+        "-Wextra",
+        "-Werror",
+        "-Wl,--build-id=none",
+        f"-Wl,-T,{HERE / 'payload.ld'}",
+        "-Wl,--no-warn-rwx-segments",
     ]
-    return _cached("payload.elf", _texts("payload.c", "start.S", "payload.ld"),
-                   _gcc(flags, ["start.S", "payload.c"]))
+    return _cached(
+        "payload.elf",
+        _texts("payload.c", "start.S", "payload.ld"),
+        _gcc(flags, ["start.S", "payload.c"]),
+    )
 
 
 def initramfs() -> Path:
@@ -117,8 +139,13 @@ def initramfs() -> Path:
             (root / "init").write_text(INIT, encoding="utf-8")
             (root / "init").chmod(0o755)
             names = "\n".join(str(p.relative_to(root)) for p in root.rglob("*"))
-            archive = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=root, check=True,
-                                     input=names.encode(), capture_output=True).stdout
+            archive = subprocess.run(
+                ["cpio", "-o", "-H", "newc", "--quiet"],
+                cwd=root,
+                check=True,
+                input=names.encode(),
+                capture_output=True,
+            ).stdout
             target.write_bytes(gzip.compress(archive, 1))
 
     return _cached("initramfs", [INIT.encode(), Path(busybox).read_bytes()], make)
@@ -127,10 +154,13 @@ def initramfs() -> Path:
 def kernel() -> Path:
     """A kernel with software-protected VMs; takes minutes the first time."""
     if not TARBALL.exists():
-        raise LabError(f"{TARBALL} is missing\nhint: apt-get install {PACKAGE} flex bison "
-                       "libelf-dev libssl-dev bc cpio xz-utils")
-    version = subprocess.run(["dpkg-query", "-W", "-f", "${Version}", PACKAGE], check=True,
-                             capture_output=True).stdout
+        raise LabError(
+            f"{TARBALL} is missing\nhint: apt-get install {PACKAGE} flex bison "
+            "libelf-dev libssl-dev bc cpio xz-utils"
+        )
+    version = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Version}", PACKAGE], check=True, capture_output=True
+    ).stdout
     return _cached("bzImage", [version, *_texts("kernel.config")], _make_kernel)
 
 

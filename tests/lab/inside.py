@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs scenarios one by one where KVM makes software-protected VMs. `python -m tests.lab.inside DIR`."""
+"""Runs scenarios one by one, on a KVM that has the VM type: `python -m tests.lab.inside DIR`."""
 
 import json
 import os
@@ -49,22 +49,48 @@ class Run:
     def start(self) -> None:
         """QEMU, stopped; then the daemon, until it has configured the plugin or refused."""
         s = self.scenario
-        version = subprocess.run(["qemu-system-x86_64", "--version"], check=True, text=True,
-                                 capture_output=True).stdout.split()[3]
+        version = subprocess.run(
+            ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
+        ).stdout.split()[3]
         preload = f"{self.job['shim']}:{self.job['plugin']}" if s.plugin else self.job["shim"]
         arguments = (
             f"workload={s.workload} vcpus={s.vcpus} flips={s.flips or FLIPS[s.workload]} seed=7"
         )
         self.qemu = subprocess.Popen(
-            ["qemu-system-x86_64", "-accel", "kvm", "-machine", "q35,smm=off,memory-backend=ram",
-             "-object", "memory-backend-memfd,id=ram,size=256M,share=on", "-m", "256",
-             "-smp", str(s.vcpus), "-nodefaults", "-display", "none", "-no-reboot", "-S",
-             "-kernel", self.job["payload"], "-append", arguments,
-             "-debugcon", f"file:{self.guest_output}", "-monitor", "none",
-             "-qmp", f"unix:{self.work}/daemon.sock,server=on,wait=off",
-             "-qmp", f"unix:{self.work}/runner.sock,server=on,wait=off"],
-            env=dict(os.environ, LD_PRELOAD=preload,
-                     LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])]))
+            [
+                "qemu-system-x86_64",
+                "-accel",
+                "kvm",
+                "-machine",
+                "q35,smm=off,memory-backend=ram",
+                "-object",
+                "memory-backend-memfd,id=ram,size=256M,share=on",
+                "-m",
+                "256",
+                "-smp",
+                str(s.vcpus),
+                "-nodefaults",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-S",
+                "-kernel",
+                self.job["payload"],
+                "-append",
+                arguments,
+                "-debugcon",
+                f"file:{self.guest_output}",
+                "-monitor",
+                "none",
+                "-qmp",
+                f"unix:{self.work}/daemon.sock,server=on,wait=off",
+                "-qmp",
+                f"unix:{self.work}/runner.sock,server=on,wait=off",
+            ],
+            env=dict(
+                os.environ, LD_PRELOAD=preload, LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])]
+            ),
+        )
         if not wait_until((self.work / "runner.sock").exists, 20):
             raise RuntimeError("QEMU did not start")
         self.monitor = QEMUMonitorProtocol(f"{self.work}/runner.sock")
@@ -74,7 +100,8 @@ class Run:
         with self.daemon_log.open("wb") as log:
             self.daemon = subprocess.Popen(
                 [str(Path(sys.executable).with_name("qmp-upm")), "run", "--config", str(config)],
-                stderr=log)
+                stderr=log,
+            )
         if not wait_until(self._daemon_ready, 40):
             raise RuntimeError(f"the daemon did not attach: {self.daemon_log.read_text()}")
 
@@ -126,8 +153,12 @@ class Run:
         final = self.query()
         made = sum(final["counters"][f"conversions-to-{c}"] for c in ("private", "shared"))
         if not self.killed:
-            wait_until(lambda: self.telemetry.exists()
-                       and read_totals(self.telemetry)["conversions"] >= made, SETTLE_SECONDS)
+            wait_until(
+                lambda: (
+                    self.telemetry.exists() and read_totals(self.telemetry)["conversions"] >= made
+                ),
+                SETTLE_SECONDS,
+            )
         return final
 
     def stop_daemon(self) -> tuple[int, float]:
@@ -145,10 +176,16 @@ class Run:
         version = self.monitor.cmd("query-version")["qemu"]
         guest = self.guest()
         result: dict[str, Any] = {
-            "name": s.name, "policy": s.policy, "workload": s.workload, "vcpus": s.vcpus,
-            "qemu_version": "{major}.{minor}.{micro}".format(**version), "plugin": s.plugin,
-            "guest_conversions": guest["conversions"], "data_errors": guest["errors"],
-            "guest_cycles": guest["cycles"], "budget_bytes": parse_size(s.budget_text),
+            "name": s.name,
+            "policy": s.policy,
+            "workload": s.workload,
+            "vcpus": s.vcpus,
+            "qemu_version": "{major}.{minor}.{micro}".format(**version),
+            "plugin": s.plugin,
+            "guest_conversions": guest["conversions"],
+            "data_errors": guest["errors"],
+            "guest_cycles": guest["cycles"],
+            "budget_bytes": parse_size(s.budget_text),
         }
         if s.plugin:
             result |= self._plugin_result(self.settle())
@@ -161,7 +198,8 @@ class Run:
             result["refusal"] = next(json.loads(x)["hint"] for x in log if '"refused"' in x)
         totals = read_totals(self.telemetry)
         return result | {
-            "seen_conversions": totals["conversions"], "dropped_records": totals["dropped"],
+            "seen_conversions": totals["conversions"],
+            "dropped_records": totals["dropped"],
             "telemetry_discarded_bytes": totals["discarded_bytes"],
             "telemetry_file": self.telemetry.name,
         }
@@ -175,10 +213,13 @@ class Run:
         return {
             "vm_kind": final["vm-kind"],
             "discarded_bytes": both("inline") + both("requested") + both("failsafe"),
-            "requested_bytes": both("requested"), "reused_bytes": both("reused"),
-            "discards": counters["discards"], "peak_stale_bytes": final["stale"]["peak"],
+            "requested_bytes": both("requested"),
+            "reused_bytes": both("reused"),
+            "discards": counters["discards"],
+            "peak_stale_bytes": final["stale"]["peak"],
             "final_stale_bytes": final["stale"]["private"] + final["stale"]["shared"],
-            "max_polled_stale_bytes": self.max_stale, "counters": counters,
+            "max_polled_stale_bytes": self.max_stale,
+            "counters": counters,
         }
 
     def close(self) -> None:

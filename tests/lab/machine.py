@@ -24,10 +24,12 @@ BOOT_SECONDS, RUN_SECONDS = 60, 240
 def host_has_vm_type() -> bool:
     """Whether /dev/kvm makes software-protected VMs whose memory converts."""
     try:
-        with open("/dev/kvm", "rb+", buffering=0) as kvm:
+        with Path("/dev/kvm").open("rb+", buffering=0) as kvm:
             types = fcntl.ioctl(kvm, CHECK_EXTENSION, CAP_VM_TYPES)
-            return bool(types >> SW_PROTECTED_VM & 1
-                        and fcntl.ioctl(kvm, CHECK_EXTENSION, CAP_MEMORY_ATTRIBUTES))
+            return bool(
+                types >> SW_PROTECTED_VM & 1
+                and fcntl.ioctl(kvm, CHECK_EXTENSION, CAP_MEMORY_ATTRIBUTES)
+            )
     except OSError:
         return False
 
@@ -45,11 +47,17 @@ def run_scenarios(scenarios: list[Scenario], out: Path) -> list[dict[str, Any]]:
     Raises LabError if a scenario gave no result.
     """
     out.mkdir(parents=True, exist_ok=True)
-    plugin = subprocess.run([str(Path(sys.executable).with_name("qmp-upm")), "plugin", "path"],
-                            check=True, capture_output=True, text=True).stdout.strip()
+    plugin = subprocess.run(
+        [str(Path(sys.executable).with_name("qmp-upm")), "plugin", "path"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     job = {
-        "scenarios": [s.to_json() for s in scenarios], "plugin": plugin,
-        "shim": str(build.shim()), "payload": str(build.payload()),
+        "scenarios": [s.to_json() for s in scenarios],
+        "plugin": plugin,
+        "shim": str(build.shim()),
+        "payload": str(build.payload()),
     }
     (out / "job.json").write_text(json.dumps(job), encoding="utf-8")
     for scenario in scenarios:
@@ -59,8 +67,14 @@ def run_scenarios(scenarios: list[Scenario], out: Path) -> list[dict[str, Any]]:
     if host_has_vm_type():
         console = out / "console.log"
         with console.open("wb") as log:
-            subprocess.run([sys.executable, "-m", "tests.lab.inside", str(out)], cwd=ROOT,
-                           stdout=log, stderr=log, timeout=seconds, check=False)
+            subprocess.run(
+                [sys.executable, "-m", "tests.lab.inside", str(out)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                timeout=seconds,
+                check=False,
+            )
     else:
         console = _run_in_lab(out, seconds)
     results = []
@@ -77,25 +91,54 @@ def _run_in_lab(out: Path, seconds: int) -> Path:
     kernel, initramfs, console = build.kernel(), build.initramfs(), out / "console.log"
     (out / "go").write_text(
         f"cd '{ROOT}' && PATH='{os.environ['PATH']}' PYTHONDONTWRITEBYTECODE=1 TMPDIR=/run "
-        f"'{sys.executable}' -m tests.lab.inside /run/lab\n", encoding="utf-8")
+        f"'{sys.executable}' -m tests.lab.inside /run/lab\n",
+        encoding="utf-8",
+    )
     say("Starting the lab's machine.")
     command = [
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "microvm,acpi=off,rtc=on",
-        "-cpu", "max,+svm,+npt", "-smp", "2", "-m", "3072", "-nodefaults", "-no-reboot",
-        "-display", "none", "-serial", f"file:{console}", "-kernel", str(kernel),
-        "-initrd", str(initramfs), "-append", "console=ttyS0 panic=-1 reboot=t quiet",
-        "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
-        "-device", "virtio-9p-device,fsdev=host,mount_tag=host",
-        "-fsdev", f"local,id=share,path={out.resolve()},security_model=none",
-        "-device", "virtio-9p-device,fsdev=share,mount_tag=share",
+        "qemu-system-x86_64",
+        "-accel",
+        "tcg,thread=multi",
+        "-machine",
+        "microvm,acpi=off,rtc=on",
+        "-cpu",
+        "max,+svm,+npt",
+        "-smp",
+        "2",
+        "-m",
+        "3072",
+        "-nodefaults",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-serial",
+        f"file:{console}",
+        "-kernel",
+        str(kernel),
+        "-initrd",
+        str(initramfs),
+        "-append",
+        "console=ttyS0 panic=-1 reboot=t quiet",
+        "-fsdev",
+        "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
+        "-device",
+        "virtio-9p-device,fsdev=host,mount_tag=host",
+        "-fsdev",
+        f"local,id=share,path={out.resolve()},security_model=none",
+        "-device",
+        "virtio-9p-device,fsdev=share,mount_tag=share",
     ]
     with tempfile.TemporaryFile() as errors:
         try:
             code = subprocess.run(command, timeout=seconds, stderr=errors, check=False).returncode
         except subprocess.TimeoutExpired as error:
-            raise LabError(f"the lab did not end within {seconds} s\nhint: see {console}") from error
+            raise LabError(
+                f"the lab did not end within {seconds} s\nhint: see {console}"
+            ) from error
         if code:
             errors.seek(0)
-            raise LabError(f"QEMU failed: {errors.read().decode(errors='replace')}"
-                           "\nhint: it takes QEMU 9.1 or newer with TCG and 3 GiB of memory")
+            raise LabError(
+                f"QEMU failed: {errors.read().decode(errors='replace')}"
+                "\nhint: it takes QEMU 9.1 or newer with TCG and 3 GiB of memory"
+            )
     return console

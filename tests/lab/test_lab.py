@@ -25,10 +25,14 @@ pytestmark = pytest.mark.skipif(
 
 SCENARIOS = [
     *(Scenario(policy=p, workload="ovmf", flips=2000, name=f"ovmf-{p}") for p in POLICIES),
-    *(Scenario(policy=p, workload="ovmf", flips=1000, budget="64 KiB", name=f"small-{p}")
-      for p in ("lazy", "batched")),
-    *(Scenario(policy=p, workload="random", vcpus=2, flips=20000, name=f"random-{p}")
-      for p in POLICIES),
+    *(
+        Scenario(policy=p, workload="ovmf", flips=1000, budget="64 KiB", name=f"small-{p}")
+        for p in ("lazy", "batched")
+    ),
+    *(
+        Scenario(policy=p, workload="random", vcpus=2, flips=20000, name=f"random-{p}")
+        for p in POLICIES
+    ),
     Scenario(policy="lazy", workload="swiotlb", budget="128 MiB", name="swiotlb"),
     Scenario(policy="none", workload="flip", flips=1000, name="flip"),
     Scenario(policy="lazy", workload="ovmf", flips=5100, kill_daemon_after=1, name="killed"),
@@ -69,7 +73,8 @@ def test_every_conversion_is_seen(results: Results, name: str) -> None:
     assert result["seen_conversions"] == result["guest_conversions"]
     assert result["dropped_records"] == 0
     assert result["guest_conversions"] == (
-        counters["conversions-to-private"] + counters["conversions-to-shared"])
+        counters["conversions-to-private"] + counters["conversions-to-shared"]
+    )
     assert result["telemetry_discarded_bytes"] == result["requested_bytes"]
 
 
@@ -80,7 +85,8 @@ def test_accounting_closes(results: Results, name: str) -> None:
     left = sum(
         counters[f"{what}-bytes-{copy}"]
         for what in ("reused", "requested", "failsafe", "superseded", "forgotten")
-        for copy in ("private", "shared"))
+        for copy in ("private", "shared")
+    )
     deferred = sum(counters[f"deferred-bytes-{copy}"] for copy in ("private", "shared"))
     assert deferred == left + results[name]["final_stale_bytes"]
 
@@ -94,7 +100,8 @@ def test_budget_holds(results: Results, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [s.name for s in SCENARIOS if s.plugin and s.policy in ("eager", "lazy", "batched")])
+    "name", [s.name for s in SCENARIOS if s.plugin and s.policy in ("eager", "lazy", "batched")]
+)
 def test_nothing_is_kept_for_ever(results: Results, name: str) -> None:
     """Once idle past their age, all stale copies are gone."""
     assert results[name]["final_stale_bytes"] == 0

@@ -33,9 +33,9 @@ def test_defaults_reach_every_vm(tmp_path: Path) -> None:
     [
         ("", "telemetry"),
         ("[telemetry", "not TOML"),
-        (GOOD + 'bugdet = 1\n', "vms.a.bugdet"),
+        (GOOD + "bugdet = 1\n", "vms.a.bugdet"),
         (GOOD + 'budget = "1 parsec"\n', "vms.a.budget"),
-        (GOOD + 'budget = -1\n', "vms.a.budget"),
+        (GOOD + "budget = -1\n", "vms.a.budget"),
         (GOOD + 'lease = "nan s"\n', "vms.a.lease"),
         (GOOD + 'policy = { name = "lasy" }\n', "vms.a.policy"),
         (GOOD + '[vms."../x"]\nsocket = "/s"\n', "vms.../x"),
@@ -58,7 +58,8 @@ def test_torn_telemetry_adds_up(tmp_path: Path) -> None:
     file.write_text(
         '{"event": "batch", "conversions": 3, "to_private_bytes": 4096, "to_shared_bytes": 8192,'
         ' "deferred_bytes": 0, "dropped": 1}\n'
-        '{"event": "discard", "discarded_bytes": 4096, "skipped_bytes": 0}\n{"event": "bat')
+        '{"event": "discard", "discarded_bytes": 4096, "skipped_bytes": 0}\n{"event": "bat'
+    )
     totals = read_totals(file)
     assert (totals["conversions"], totals["dropped"], totals["discarded_bytes"]) == (3, 1, 4096)
 
@@ -66,9 +67,15 @@ def test_torn_telemetry_adds_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        [1, 0, 4096, 1, 0, 0], [1, 0, 4097, 1, 0, 0, 1], [1, -4096, 4096, 1, 0, 0, 1],
-        [0, 0, 4096, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0, 1], [1, 1 << 60, 4096, 1, 0, 0, 1],
-        [1, 0, 4096, 2, 0, 0, 1], ["1", 0, 4096, 1, 0, 0, 1], None,
+        [1, 0, 4096, 1, 0, 0],
+        [1, 0, 4097, 1, 0, 0, 1],
+        [1, -4096, 4096, 1, 0, 0, 1],
+        [0, 0, 4096, 1, 0, 0, 1],
+        [1, 0, 0, 1, 0, 0, 1],
+        [1, 1 << 60, 4096, 1, 0, 0, 1],
+        [1, 0, 4096, 2, 0, 0, 1],
+        ["1", 0, 4096, 1, 0, 0, 1],
+        None,
     ],
 )
 def test_lying_records_are_message_errors(row: object) -> None:

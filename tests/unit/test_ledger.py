@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The mirror of the plugin's ledger, and the policies on it."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,18 +27,19 @@ def record(first: int, pages: int, private: bool, deferred: bool) -> Record:
 def page_numbers(pages: PageSet) -> set[int]:
     """The pages one by one."""
     return {
-        page for r in pages.ranges()
+        page
+        for r in pages.ranges()
         for page in range(r.offset // PAGE_BYTES, (r.offset + r.size) // PAGE_BYTES)
     }
 
 
 @given(conversions, st.integers(1, 7))
 def test_mirror_follows_conversions(steps: list[tuple[int, int, bool, bool]], size: int) -> None:
-    """In batches of any size the ledger is what a set of pages would be, and every page has an age."""
+    """In batches of any size it is what a set of pages would be, and each page has an age."""
     ledger, model = Ledger(1 << 30), {copy: set[int]() for copy in Copy}
     records = [record(*step) for step in steps]
     for start in range(0, len(records), size):
-        ledger.apply(records[start:start + size], start)
+        ledger.apply(records[start : start + size], start)
     for first, pages, private, deferred in steps:
         live = Copy.PRIVATE if private else Copy.SHARED
         span = set(range(first, first + pages))
@@ -53,7 +56,7 @@ def test_page_set_gives_merged_runs(pages: set[int]) -> None:
     made = PageSet.of(*(Range(3, page * PAGE_BYTES, PAGE_BYTES) for page in pages))
     ranges = list(made.ranges())
     assert page_numbers(made) == pages
-    assert all(a.offset + a.size < b.offset for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a.offset + a.size < b.offset for a, b in pairwise(ranges))
 
 
 def decide(policy: Policy, ledger: Ledger, now_s: float) -> Decision:
@@ -91,7 +94,8 @@ def test_lazy_keeps_the_watermarks() -> None:
     ledger = stale_ledger(10, 10)
     decision = decide(make_policy("lazy", {"high": 0.9, "low": 0.5, "max_age": 60}), ledger, 10)
     assert [(d.reason, page_numbers(d.pages)) for d in decision.discards] == [
-        ("budget", {0, 2, 4, 6, 8})]
+        ("budget", {0, 2, 4, 6, 8})
+    ]
 
 
 def test_batched_flushes_by_bytes_and_by_delay() -> None:
