@@ -30,17 +30,20 @@ async def _serve(config: Config) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    writers, sessions = [], []
+    files, writers, sessions = [], [], []
     for name, table in config.vms.items():
         telemetry = Telemetry(config.telemetry.directory, name)
+        files.append(telemetry)
         writers.append(asyncio.create_task(telemetry.run()))
         sessions.append(asyncio.create_task(_supervise(Session(name, table, telemetry))))
     log.info("started", vms=len(sessions))
     await stop.wait()
-    for tasks in (sessions, writers):
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in sessions:
+        task.cancel()
+    await asyncio.gather(*sessions, return_exceptions=True)
+    for telemetry in files:
+        telemetry.stop()
+    await asyncio.gather(*writers, return_exceptions=True)
     log.info("stopped")
 
 

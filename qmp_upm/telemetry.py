@@ -34,6 +34,7 @@ class Telemetry:
         self._lines: deque[str] = deque()
         self._lost = 0
         self._failed = False
+        self._stop = asyncio.Event()
 
     def line(self, event: str, **fields: object) -> None:
         """Queue one line. Never waits."""
@@ -51,13 +52,23 @@ class Telemetry:
         self._lines.append(json.dumps(head | fields))
 
     async def run(self) -> None:
-        """Write until cancelled; then write what is left."""
-        try:
-            while True:
-                await asyncio.sleep(FLUSH_SECONDS)
-                await self.flush()
-        finally:
+        """Write until stopped, and then what is left. Not to be cancelled: a block would be lost."""
+        while not self._stop.is_set():
+            try:
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await self._stop.wait()
+            except TimeoutError:
+                pass
             await self.flush()
+
+    @property
+    def waiting(self) -> int:
+        """Lines that no write has begun with."""
+        return len(self._lines)
+
+    def stop(self) -> None:
+        """Let run() write what is left, and end."""
+        self._stop.set()
 
     async def flush(self) -> None:
         """Write what is queued. A failure is logged once; its lines count as lost."""
