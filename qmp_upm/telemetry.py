@@ -52,7 +52,7 @@ class Telemetry:
         self._lines.append(json.dumps(head | fields))
 
     async def run(self) -> None:
-        """Write until stopped, and then what is left. Not to be cancelled: a block would be lost."""
+        """Write until stopped, then what is left. Never cancel it: a block would be lost."""
         while not self._stop.is_set():
             try:
                 async with asyncio.timeout(FLUSH_SECONDS):
