@@ -60,6 +60,7 @@ class Telemetry:
             except TimeoutError:
                 pass
             await self.flush()
+        await self.flush()  # what was queued while the last block was being written
 
     @property
     def waiting(self) -> int:
