@@ -98,6 +98,12 @@ def shim() -> Path:
     )
 
 
+def tsc_khz() -> int:
+    """The rate of the time-stamp counter, which an emulated machine shares."""
+    tool = _cached("tsc", _texts("tsc.c"), _gcc(["-O2", "-Wall", "-Wextra", "-Werror"], ["tsc.c"]))
+    return int(subprocess.run([tool], check=True, capture_output=True, text=True).stdout)
+
+
 def payload() -> Path:
     """The guest."""
     flags = [

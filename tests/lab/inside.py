@@ -17,7 +17,7 @@ from qmp_upm.telemetry import read_totals
 from qmp_upm.units import parse_size
 from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 
-GUEST_SECONDS = 75.0
+GUEST_SECONDS = 200.0
 SETTLE_SECONDS = 15.0
 POLL_SECONDS = 0.05
 # Index of the class callback that the shim sets, by major release.
