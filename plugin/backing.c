@@ -103,7 +103,7 @@ static void set_name(struct region *r, const struct mapping *m)
     const char *name = m->inode ? m->path : "anonymous", *slash = strrchr(name, '/');
     char *deleted;
 
-    snprintf(r->name, sizeof(r->name), "%s", slash ? slash + 1 : name);
+    snprintf(r->name, sizeof(r->name), "%.*s", (int)sizeof(r->name) - 1, slash ? slash + 1 : name);
     deleted = strstr(r->name, " (deleted)");
     if (deleted) {
         *deleted = '\0';

@@ -71,6 +71,8 @@ static bool get_choice(const struct json *args, const char *name, const char *co
             *chosen = i;
             return true;
         }
+    }
+    for (unsigned i = 0; i < count; i++) {
         text_add(&expected, "%s'%s'", i ? " or " : "", choices[i]);
     }
     qemu_fail(error, "Parameter '%s' expects %s", name, expected.failed ? "" : expected.p);

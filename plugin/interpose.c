@@ -162,18 +162,15 @@ static int create_vm(int fd, unsigned long request, void *argument)
     return result;
 }
 
-/* Attributes set on the guest_memfd itself: KVM converts in place, and there is one copy. */
-static bool in_place(int fd)
+/* KVM_SET_MEMORY_ATTRIBUTES in any of its versions: all begin with the same four numbers. On the
+ * guest_memfd itself, KVM converts in place. */
+static int set_attributes(int fd, unsigned long request, void *argument)
 {
-    struct region *r;
-
-    pthread_mutex_lock(&upm.lock);
-    r = region_by_private_fd(fd);
-    if (r) {
-        r->backing = BACKING_IN_PLACE;
+    if (fd == upm.vm_fd) {
+        return convert(fd, request, argument);
     }
-    pthread_mutex_unlock(&upm.lock);
-    return r;
+    region_in_place(fd);
+    return libc.ioctl(fd, request, argument);
 }
 
 static int kvm_ioctl(int fd, unsigned long request, void *argument)
@@ -197,12 +194,11 @@ static int kvm_ioctl(int fd, unsigned long request, void *argument)
             return set_region(fd, request, argument);
         }
         break;
-    case UPM_KVM_SET_ATTRIBUTES:
-        if (upm.active && (fd == upm.vm_fd || !in_place(fd))) {
-            return convert(fd, request, argument);
-        }
-        break;
     default:
+        if (upm.active && _IOC_NR(request) == _IOC_NR(UPM_KVM_SET_ATTRIBUTES)
+            && _IOC_SIZE(request) >= sizeof(struct upm_kvm_attributes)) {
+            return set_attributes(fd, request, argument);
+        }
         break;
     }
     return libc.ioctl(fd, request, argument);

@@ -144,9 +144,34 @@ static void region_lose_shared(struct region *r)
     region_quiesce(r);
     region_drop_ops(r, SHARED);
     region_forget_stale(r, SHARED);
-    r->backing = BACKING_UNKNOWN;
+    if (r->backing != BACKING_IN_PLACE) {
+        r->backing = BACKING_UNKNOWN;
+    }
     r->shared_fd = -1;
     r->host = NULL;
+}
+
+static void region_empty(struct region *r)
+{
+    region_quiesce(r);
+    for (int c = 0; c < COPIES; c++) {
+        region_drop_ops(r, c);
+        region_forget_stale(r, c);
+    }
+}
+
+/* Attributes are being set on this guest_memfd itself: it has one copy, and nothing is stale. */
+void region_in_place(int private_fd)
+{
+    struct region *r;
+
+    pthread_mutex_lock(&upm.lock);
+    r = region_by_private_fd(private_fd);
+    if (r) {
+        r->backing = BACKING_IN_PLACE;
+        region_empty(r);
+    }
+    pthread_mutex_unlock(&upm.lock);
 }
 
 static void region_remove(unsigned index)
@@ -154,11 +179,7 @@ static void region_remove(unsigned index)
     struct region *r = upm.regions[index];
     unsigned kept = 0;
 
-    region_quiesce(r);
-    for (int c = 0; c < COPIES; c++) {
-        region_drop_ops(r, c);
-        region_forget_stale(r, c);
-    }
+    region_empty(r);
     for (unsigned i = 0; i < upm.nslots; i++) {
         if (upm.slots[i].region != r) {
             upm.slots[kept++] = upm.slots[i];

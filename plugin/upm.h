@@ -200,6 +200,7 @@ void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* regions.c; region_by_*() and slot*() with the lock held, the others without */
 struct region *region_new(int private_fd, uint64_t bytes);
 void region_close(int fd);
+void region_in_place(int private_fd);
 void region_unmap(const void *start, size_t bytes);
 struct region *region_by_private_fd(int fd);
 struct region *region_by_id(uint32_t id);
