@@ -70,7 +70,7 @@ void conversion_over(void)
     for (unsigned i = 0; i < mine.nparts; i++) {
         struct op *op = &mine.part[i].op;
 
-        if (__atomic_load_n(&op->state, __ATOMIC_RELAXED) == OP_IDLE) {
+        if (__atomic_load_n(&op->state, __ATOMIC_ACQUIRE) == OP_IDLE) {
             continue;
         }
         pthread_mutex_lock(&upm.lock);

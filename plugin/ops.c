@@ -22,7 +22,7 @@ void op_end(struct op *op)
             break;
         }
     }
-    op->state = OP_IDLE;
+    __atomic_store_n(&op->state, OP_IDLE, __ATOMIC_RELEASE); /* its thread looks without the lock */
     if (upm.waiters) {
         pthread_cond_broadcast(&upm.settled);
     }
