@@ -51,7 +51,7 @@ def _cache() -> Path:
     return path
 
 
-def _cached(name: str, parts: list[bytes], make: Callable[[Path], None]) -> Path:
+def cached(name: str, parts: list[bytes], make: Callable[[Path], None]) -> Path:
     """The file in the cache for these sources; made in a folder of its own and then moved there."""
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = _cache() / f"{name}-{key}"
@@ -74,7 +74,9 @@ def _run(command: list[str], what: str, log: Path | None = None) -> None:
         )
 
 
-def _gcc(arguments: list[str], sources: list[str]) -> Callable[[Path], None]:
+def gcc(arguments: list[str], sources: list[str]) -> Callable[[Path], None]:
+    """Something for ``cached`` to make; sources are named from this folder."""
+
     def make(target: Path) -> None:
         _run(
             ["gcc", *arguments, "-o", str(target), *(str(HERE / s) for s in sources)],
@@ -88,19 +90,21 @@ def _texts(*names: str) -> list[bytes]:
     return [(HERE / name).read_bytes() for name in names]
 
 
+def preload(source: str) -> Path:
+    """A shared object to preload, from one source file, named from this folder."""
+    parts = _texts(source, "../../plugin/kvm-abi.h")
+    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
+    return cached(f"{Path(source).stem}.so", parts, gcc(flags, [source]))
+
+
 def shim() -> Path:
     """The test-only preload that makes a stock QEMU run a software-protected VM."""
-    parts = [*_texts("shim.c"), (HERE / "../../plugin/kvm-abi.h").read_bytes()]
-    return _cached(
-        "shim.so",
-        parts,
-        _gcc(["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"], ["shim.c"]),
-    )
+    return preload("shim.c")
 
 
 def tsc_khz() -> int:
     """The rate of the time-stamp counter, which an emulated machine shares."""
-    tool = _cached("tsc", _texts("tsc.c"), _gcc(["-O2", "-Wall", "-Wextra", "-Werror"], ["tsc.c"]))
+    tool = cached("tsc", _texts("tsc.c"), gcc(["-O2", "-Wall", "-Wextra", "-Werror"], ["tsc.c"]))
     return int(subprocess.run([tool], check=True, capture_output=True, text=True).stdout)
 
 
@@ -123,10 +127,10 @@ def payload() -> Path:
         f"-Wl,-T,{HERE / 'payload.ld'}",
         "-Wl,--no-warn-rwx-segments",
     ]
-    return _cached(
+    return cached(
         "payload.elf",
         _texts("payload.c", "start.S", "payload.ld"),
-        _gcc(flags, ["start.S", "payload.c"]),
+        gcc(flags, ["start.S", "payload.c"]),
     )
 
 
@@ -154,7 +158,7 @@ def initramfs() -> Path:
             ).stdout
             target.write_bytes(gzip.compress(archive, 1))
 
-    return _cached("initramfs", [INIT.encode(), Path(busybox).read_bytes()], make)
+    return cached("initramfs", [INIT.encode(), Path(busybox).read_bytes()], make)
 
 
 def kernel() -> Path:
@@ -167,7 +171,7 @@ def kernel() -> Path:
     version = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Version}", PACKAGE], check=True, capture_output=True
     ).stdout
-    return _cached("bzImage", [version, *_texts("kernel.config")], _make_kernel)
+    return cached("bzImage", [version, *_texts("kernel.config")], _make_kernel)
 
 
 def _make_kernel(target: Path) -> None:

@@ -20,6 +20,7 @@ from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 GUEST_SECONDS = 200.0
 SETTLE_SECONDS = 15.0
 POLL_SECONDS = 0.05
+QEMU_ENDS_SECONDS = 5.0
 # Index of the class callback that the shim sets, by major release.
 KVM_TYPE = {10: "2", 11: "7"}
 
@@ -41,6 +42,7 @@ class Run:
         self.scenario, self.job, self.out, self.work = scenario, job, out, work
         self.guest_output = work / "guest.out"
         self.daemon_log = out / f"{scenario.name}.log"
+        self.qemu_log = out / f"{scenario.name}.qemu.log"
         self.telemetry = out / f"{scenario.name}.jsonl"
         self.max_stale = 0
         self.killed = False
@@ -89,6 +91,7 @@ class Run:
             env=dict(
                 os.environ, LD_PRELOAD=preload, LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])]
             ),
+            stderr=self.qemu_log.open("wb"),
         )
         if not wait_until((self.work / "runner.sock").exists, 20):
             raise RuntimeError("QEMU did not start")
@@ -221,6 +224,13 @@ class Run:
             "counters": counters,
         }
 
+    def qemu_state(self) -> str:
+        """For the console, when something went wrong."""
+        wait_until(lambda: self.qemu.poll() is not None, QEMU_ENDS_SECONDS)
+        ended = self.qemu.poll()
+        log = self.qemu_log.read_text(errors="replace") if self.qemu_log.exists() else ""
+        return f"QEMU {'runs' if ended is None else f'ended with {ended}'}: {log}"
+
     def close(self) -> None:
         """Leaves nothing running."""
         for process in (getattr(self, "daemon", None), getattr(self, "qemu", None)):
@@ -243,8 +253,8 @@ def main() -> None:
             result = run.result()
             (out / f"{scenario.name}.json").write_text(json.dumps(result), encoding="utf-8")
             print(f"{scenario.name}: done", flush=True)
-        except Exception as error:  # noqa: BLE001 - whoever started us begins again from here
-            print(f"{scenario.name}: {error!r}", flush=True)
+        except Exception as error:  # noqa: BLE001 - said on the console; the result is absent
+            print(f"{scenario.name}: {error!r}; {run.qemu_state()}", flush=True)
             break
         finally:
             run.close()

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "command",
     [
-        ["ruff", "check", "qmp_upm", "policies", "tests"],
-        ["ruff", "format", "--check", "qmp_upm", "policies", "tests"],
+        ["ruff", "check", "qmp_upm", "policies", "tests", "benchmarks"],
+        ["ruff", "format", "--check", "qmp_upm", "policies", "tests", "benchmarks"],
         ["mypy", "qmp_upm", "policies"],
     ],
     ids=" ".join,
