@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Preload for benchmarks, in front of the plugin: calls QEMU's own kvm_convert_memory() from threads
- * of its own, at full speed, when the guest first runs.
+ * of its own, at full speed, once the guest's firmware is done.
  *
  * A thread goes through the plugin, or past it as a QEMU does that has none: in blocks that take
  * turns, so that both meet the same noise. Each way has pages of its own.
@@ -36,6 +36,7 @@
 #define BLOCKS 60
 #define SAMPLES (8u << 20)
 #define THREADS_MOST 8
+#define QUIET_NS 2000000000ull
 
 static int (*next_ioctl)(int fd, unsigned long request, ...);
 static int (*next_fallocate)(int fd, int mode, off64_t offset, off64_t bytes);
@@ -49,6 +50,7 @@ static char *ram;
 static int guest_memfd = -1;
 static int (*convert_memory)(uint64_t start, uint64_t size, bool to_private);
 static FILE *out;
+static uint64_t last_slot_ns;
 static unsigned threads, count, pages;
 static int stop;
 
@@ -223,7 +225,10 @@ static void work_latency(void)
 
     touch_shared(BACKLOG, backlog);
     for (uint64_t at = 0; at < backlog; at += 2 * MIB) {
-        convert_memory(BACKLOG + at, 2 * MIB, true);
+        if (convert_memory(BACKLOG + at, 2 * MIB, true)) {
+            fprintf(stderr, "native benchmark: QEMU refuses to convert\n");
+            exit(1);
+        }
     }
     for (unsigned i = 0; i < threads; i++) {
         jobs[i].id = i;
@@ -253,6 +258,10 @@ static void *bench(void *unused)
     void (*register_thread)(void) = dlsym(RTLD_DEFAULT, "rcu_register_thread");
 
     (void)unused;
+    /* Firmware makes QEMU take slots away and mark new ones. */
+    while (now_ns() < __atomic_load_n(&last_slot_ns, __ATOMIC_RELAXED) + QUIET_NS) {
+        usleep(10000);
+    }
     register_thread();
     for (unsigned i = 0; i < sizeof(works) / sizeof(*works); i++) {
         if (!strcmp(works[i].name, getenv("BENCH_WORK"))) {
@@ -319,6 +328,7 @@ int ioctl(int fd, unsigned long request, ...)
     }
     if (request == UPM_KVM_SET_REGION2) {
         learn_ram(argument);
+        __atomic_store_n(&last_slot_ns, now_ns(), __ATOMIC_RELAXED);
     } else if (request == UPM_KVM_RUN && !__atomic_exchange_n(&begun, true, __ATOMIC_SEQ_CST)) {
         begin();
     }

@@ -17,10 +17,10 @@ from typing import Any
 
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-from qmp_upm.plugin import plugin_path
 from tests.lab import build
 from tests.lab.build import LabError
 from tests.lab.inside import KVM_TYPE
+from tests.lab.machine import plugin_file
 
 WAIT_SECONDS = 120.0
 RAM = "4G"
@@ -31,10 +31,8 @@ def _wait(done: Any, what: str, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while not done():
         if time.monotonic() > end or process.poll() is not None:
-            process.kill()
-            _, errors = process.communicate()
             raise LabError(
-                f"the native benchmark waited for {what}:\n{errors}"
+                f"the native benchmark waited in vain for {what}"
                 "\nhint: it takes QEMU 10 or 11, and /dev/kvm with guest_memfd (Linux 6.18)"
             )
         time.sleep(0.01)
@@ -74,7 +72,7 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
         ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
     ).stdout.split()[3]
     objects = [build.preload("../../benchmarks/native.c"), build.shim()]
-    objects += [plugin_path()] if settings is not None else []
+    objects += [Path(plugin_file())] if settings is not None else []
     objects.append(build.preload("../../benchmarks/attributes.c"))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
@@ -84,7 +82,7 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
                 *("-accel", "kvm", "-machine", "q35,smm=off,memory-backend=ram", "-m", RAM),
                 *("-object", f"memory-backend-memfd,id=ram,size={RAM},share=on"),
                 *("-nodefaults", "-display", "none", "-no-reboot", "-S", "-monitor", "none"),
-                *("-kernel", str(build.payload()), "-append", "workload=none"),
+                *("-kernel", str(build.payload()), "-append", "workload=flip flips=1"),
                 *("-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
             ],
             env=dict(
@@ -106,6 +104,7 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
                 monitor.cmd("x-upm-configure", **settings)
             monitor.cmd("cont")
             yield Native(monitor, process, output)
+            monitor.close()
         finally:
             process.kill()
             process.communicate()

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.native import DEFER, native
-from qmp_upm.plugin import plugin_path
 from tests.lab import build
 from tests.lab.build import LabError, say
+from tests.lab.machine import plugin_file
 
 THREADS = (1, 2, 4)
 THREADS_MS = 1500
@@ -47,7 +47,7 @@ def plain_ioctl() -> Figures:
     """An ioctl that is none of ours: what it takes more than past the plugin, in nanoseconds."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        preload = f"{build.preload('../../benchmarks/native.c')}:{plugin_path()}"
+        preload = f"{build.preload('../../benchmarks/native.c')}:{plugin_file()}"
         env = {"LD_PRELOAD": preload, "BENCH_WORK": "plain", "BENCH_OUT": str(output)}
         subprocess.run(["/bin/true"], check=True, env=env | {"BENCH_COUNT": str(PLAIN)})
         lines = (line.split() for line in output.read_text(encoding="utf-8").splitlines())
