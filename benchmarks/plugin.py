@@ -71,6 +71,7 @@ def flips() -> Figures:
         "eager_flip_us": round(median(found["plugin"]) / 1000, 2),
         "eager_flip_ratio": round(ratio, 3),
         "deferred_flip_us": round(median(deferred) / 1000, 3),
+        "floor_flip_us": round(median(found["floor"]) / 1000, 3),
     }
 
 

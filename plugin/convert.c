@@ -182,8 +182,7 @@ static void await_discard(struct part *part)
         part->offset = r->shared_offset + from;
     }
     part->end = part->offset + bytes;
-    /* After a punch the mapping is empty already: the madvise() that follows is only spared. */
-    if (part->op.copy == SHARED && (r->shared_fd < 0 || part->swallow)) {
+    if (part->op.copy == SHARED) {
         part->start = r->host + from;
         part->stop = part->start + bytes;
         part->advice = r->shared_fd < 0 ? r->advice : MADV_DONTNEED;
@@ -421,7 +420,8 @@ bool conversion_discard_mapping(const void *start, size_t bytes, int advice, int
             continue;
         }
         part->start += bytes;
-        if (!part->swallow) {
+        /* A punch of the file has emptied the mapping as well: the madvise() after it is spared. */
+        if (!part->swallow && part->fd < 0) {
             discard_inline(&part->op, bytes >> PAGE_SHIFT);
         }
         *result = 0;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m tests.lab run|compare|build`: real conversions, from the command line."""
+"""`python -m tests.lab run|compare|torture|build`: real conversions, from the command line."""
 
 import argparse
 import json
@@ -45,8 +45,20 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--no-plugin", action="store_true")
     compare = commands.add_parser("compare", help="every policy on one workload, twice")
+    torture = commands.add_parser(
+        "torture", help="random conversions on several vCPUs, disturbed at random"
+    )
+    torture.add_argument("--vcpus", type=positive, choices=range(1, 5), default=4)
+    torture.add_argument("--flips", type=positive, default=200000)
     for command in (run, compare):
         command.add_argument("--workload", choices=WORKLOADS, default="ovmf")
+    for command in (run, compare, torture):
+        command.add_argument(
+            "--qemu-root",
+            default="",
+            metavar="DIR",
+            help="a system whose QEMU to use, unpacked there",
+        )
         command.add_argument(
             "--out", type=Path, default=Path("lab-results"), help="folder for telemetry and logs"
         )
@@ -127,13 +139,30 @@ def main() -> int:
                 budget=args.budget,
                 kill_daemon_after=args.kill_daemon_after,
                 plugin=not args.no_plugin,
+                qemu_root=args.qemu_root,
+            )
+            result = run_scenarios([scenario], args.out)[0]
+            print(json.dumps(result)) if args.json else print_result(result)
+        elif args.command == "torture":
+            scenario = Scenario(
+                policy="torture",
+                workload="random",
+                vcpus=args.vcpus,
+                flips=args.flips,
+                qemu_root=args.qemu_root,
+                name="torture",
             )
             result = run_scenarios([scenario], args.out)[0]
             print(json.dumps(result)) if args.json else print_result(result)
         else:
             say(f"Each policy runs {ROUNDS} times on {kvm_used()}.")
             scenarios = [
-                Scenario(policy=policy, workload=args.workload, name=f"{policy}-{number}")
+                Scenario(
+                    policy=policy,
+                    workload=args.workload,
+                    qemu_root=args.qemu_root,
+                    name=f"{policy}-{number}",
+                )
                 for number in range(1, ROUNDS + 1)
                 for policy in POLICIES
             ]

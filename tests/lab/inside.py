@@ -17,7 +17,8 @@ from qmp_upm.telemetry import read_totals
 from qmp_upm.units import parse_size
 from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 
-GUEST_SECONDS = 200.0
+# At least, and for each conversion of several processors.
+GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.005
 SETTLE_SECONDS = 15.0
 POLL_SECONDS = 0.05
 QEMU_ENDS_SECONDS = 5.0
@@ -47,11 +48,21 @@ class Run:
         self.max_stale = 0
         self.killed = False
 
-    def start(self) -> None:
-        """QEMU, stopped; then the daemon, until it has configured the plugin or refused."""
+    def _enter(self) -> None:
+        """In the child: QEMU and its libraries are another system's."""
+        if self.scenario.qemu_root:
+            os.chroot(self.scenario.qemu_root)
+            os.chdir("/")
+
+    def start_qemu(self) -> None:
+        """QEMU, stopped, and the runner's monitor."""
         s = self.scenario
         version = subprocess.run(
-            ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
+            ["qemu-system-x86_64", "--version"],
+            check=True,
+            text=True,
+            capture_output=True,
+            preexec_fn=self._enter,
         ).stdout.split()[3]
         preload = f"{self.job['shim']}:{self.job['plugin']}" if s.plugin else self.job["shim"]
         arguments = (
@@ -92,11 +103,16 @@ class Run:
                 os.environ, LD_PRELOAD=preload, LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])]
             ),
             stderr=self.qemu_log.open("wb"),
+            preexec_fn=self._enter,  # noqa: PLW1509
         )
         if not wait_until((self.work / "runner.sock").exists, 20):
             raise RuntimeError("QEMU did not start")
         self.monitor = QEMUMonitorProtocol(f"{self.work}/runner.sock")
         self.monitor.connect(negotiate=True)
+
+    def start_daemon(self) -> None:
+        """The daemon, until it has configured the plugin or refused."""
+        s = self.scenario
         config = self.work / "config.toml"
         config.write_text(s.config(f"{self.work}/daemon.sock", str(self.out)), encoding="utf-8")
         with self.daemon_log.open("wb") as log:
@@ -139,7 +155,7 @@ class Run:
                 raise RuntimeError("the guest's processor failed: KVM internal error")
             return self.guest_output.exists() and "}" in self.guest_output.read_text()
 
-        if not wait_until(reported, GUEST_SECONDS):
+        if not wait_until(reported, GUEST_SECONDS + FLIP_SECONDS * self.scenario.flips):
             raise RuntimeError(f"the guest did not finish: {self.monitor.cmd('query-status')}")
         report: dict[str, int] = json.loads(self.guest_output.read_text())
         if self.scenario.kill_daemon_after is not None and not self.killed:
@@ -174,7 +190,8 @@ class Run:
     def result(self) -> dict[str, Any]:
         """Everything, from start to end."""
         s = self.scenario
-        self.start()
+        self.start_qemu()
+        self.start_daemon()
         version = self.monitor.cmd("query-version")["qemu"]
         guest = self.guest()
         result: dict[str, Any] = {
@@ -242,13 +259,16 @@ class Run:
 def main() -> None:
     """Every scenario of DIR/job.json; a result that could not be had is absent, and said why."""
     out = Path(sys.argv[1])
+    from tests.lab.torture import Torture  # noqa: PLC0415 - it is a kind of Run
+
+    kinds = {"torture": Torture}
     job = json.loads((out / "job.json").read_text(encoding="utf-8"))
     for number, fields in enumerate(job["scenarios"]):
         scenario = Scenario(**fields)
         work = Path(os.environ.get("TMPDIR", "/tmp")) / f"upm-{os.getpid()}-{number}"  # noqa: S108
         work.mkdir(parents=True)
         (out / f"{scenario.name}.jsonl").unlink(missing_ok=True)
-        run = Run(scenario, job, out, work)
+        run = kinds.get(scenario.policy, Run)(scenario, job, out, work)
         try:
             result = run.result()
             (out / f"{scenario.name}.json").write_text(json.dumps(result), encoding="utf-8")

@@ -4,6 +4,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from tests.lab import build
 from tests.lab.build import LabError, say
+from tests.lab.inside import FLIP_SECONDS
 from tests.lab.scenario import Scenario
 
 ROOT = Path(__file__).parents[2]
@@ -72,16 +74,17 @@ def run_scenarios(scenarios: list[Scenario], out: Path) -> list[dict[str, Any]]:
 
 def _run_all(scenarios: list[Scenario], plugin: str, out: Path) -> Path:
     """Runs them until one can't; the console's file."""
-    job = {
-        "scenarios": [s.to_json() for s in scenarios],
-        "plugin": plugin,
-        "shim": str(build.shim()),
-        "payload": str(build.payload()),
-    }
+    objects = {"plugin": Path(plugin), "shim": build.shim(), "payload": build.payload()}
+    for name, file in objects.items():
+        shutil.copy(file, out / name)
+    # Beside the job: a QEMU of another root sees nothing else.
+    here = out if host_has_vm_type() else Path("/run/lab")
+    job = {"scenarios": [s.to_json() for s in scenarios]} | {n: str(here / n) for n in objects}
     (out / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    seconds = BOOT_SECONDS + RUN_SECONDS * len(scenarios)
+    flips = sum(s.flips for s in scenarios)
+    seconds = BOOT_SECONDS + RUN_SECONDS * len(scenarios) + int(FLIP_SECONDS * flips)
     if not host_has_vm_type():
-        return _run_in_lab(out, seconds)
+        return _run_in_lab(scenarios, out, seconds)
     console = out / "console.log"
     with console.open("wb") as log:
         subprocess.run(
@@ -95,13 +98,15 @@ def _run_all(scenarios: list[Scenario], plugin: str, out: Path) -> Path:
     return console
 
 
-def _run_in_lab(out: Path, seconds: int) -> Path:
+def _run_in_lab(scenarios: list[Scenario], out: Path, seconds: int) -> Path:
     kernel, initramfs, console = build.kernel(), build.initramfs(), out / "console.log"
     # The kernel measures the time-stamp counter against the interval timer and gives up on a busy
     # machine; KVM then waits for ever for a frequency before it enters a guest.
     tsc = f"tsc_early_khz={build.tsc_khz()} tsc=reliable"
+    roots = {s.qemu_root for s in scenarios if s.qemu_root}
+    binds = "".join(f"mount --rbind /{d} '{r}/{d}'\n" for r in roots for d in ("dev", "proc", "run"))
     (out / "go").write_text(
-        f"cd '{ROOT}' && PATH='{os.environ['PATH']}' PYTHONDONTWRITEBYTECODE=1 TMPDIR=/run "
+        f"{binds}cd '{ROOT}' && PATH='{os.environ['PATH']}' PYTHONDONTWRITEBYTECODE=1 TMPDIR=/run "
         f"'{sys.executable}' -m tests.lab.inside /run/lab\n",
         encoding="utf-8",
     )

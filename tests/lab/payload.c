@@ -359,6 +359,17 @@ static void start_processors(void)
     }
 }
 
+/* Pages whose shared copy is live and has been written. */
+static uint32_t live_shared(void)
+{
+    uint32_t pages = 0;
+
+    for (uint32_t page = 0; page < AREA_PAGES; page++) {
+        pages += shadow[page].state == SHARED && shadow[page].written[SHARED];
+    }
+    return pages;
+}
+
 void guest_main(const uint32_t *multiboot)
 {
     uint64_t start;
@@ -382,5 +393,7 @@ void guest_main(const uint32_t *multiboot)
     put_number(errors);
     put(", \"cycles\": ");
     put_number(start);
+    put(", \"live_shared_bytes\": ");
+    put_number((uint64_t)live_shared() * PAGE);
     put("}\n");
 }

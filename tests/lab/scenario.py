@@ -21,6 +21,7 @@ class Scenario:
     budget: str = ""
     kill_daemon_after: float | None = None
     plugin: bool = True
+    qemu_root: str = ""
     name: str = field(default="run")
 
     def to_json(self) -> dict[str, Any]:
