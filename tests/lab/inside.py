@@ -21,6 +21,8 @@ from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.005
 SETTLE_SECONDS = 15.0
 POLL_SECONDS = 0.05
+# Where the guest converts: as in payload.c.
+AREA, AREA_BYTES = 32 << 20, 192 << 20
 QEMU_ENDS_SECONDS = 5.0
 # Index of the class callback that the shim sets, by major release.
 KVM_TYPE = {10: "2", 11: "7"}
@@ -34,6 +36,19 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(POLL_SECONDS)
     return True
+
+
+def allocated(fd: int, start: int, end: int) -> int:
+    """Bytes of a file in [start, end) that are no hole."""
+    total, at = 0, start
+    while at < end:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:
+            break
+        at = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        total += max(0, at - data)
+    return total
 
 
 class Run:
@@ -162,6 +177,14 @@ class Run:
             raise RuntimeError("the guest finished before the daemon was to be killed")
         return report
 
+    def shared_bytes(self) -> int:
+        """Allocated bytes of the guest's area in the memfd of its RAM."""
+        for link in Path(f"/proc/{self.qemu.pid}/fd").iterdir():
+            if "memory-backend-memfd" in str(link.readlink()):
+                with link.open("rb") as file:
+                    return allocated(file.fileno(), AREA, AREA + AREA_BYTES)
+        raise RuntimeError("QEMU has no memfd")
+
     def settle(self) -> dict[str, Any]:
         """Until the ledger is empty, where it should become so, and telemetry has all."""
         if self.killed:
@@ -204,10 +227,12 @@ class Run:
             "guest_conversions": guest["conversions"],
             "data_errors": guest["errors"],
             "guest_cycles": guest["cycles"],
+            "shared_live_bytes": guest["live_shared_bytes"],
             "budget_bytes": parse_size(s.budget_text),
         }
         if s.plugin:
             result |= self._plugin_result(self.settle())
+        result["shared_allocated_bytes"] = self.shared_bytes()
         code, cpu = self.stop_daemon()
         result |= {"daemon_exit": code, "daemon_cpu_seconds": round(cpu, 3)}
         if s.plugin:

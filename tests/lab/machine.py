@@ -104,7 +104,9 @@ def _run_in_lab(scenarios: list[Scenario], out: Path, seconds: int) -> Path:
     # machine; KVM then waits for ever for a frequency before it enters a guest.
     tsc = f"tsc_early_khz={build.tsc_khz()} tsc=reliable"
     roots = {s.qemu_root for s in scenarios if s.qemu_root}
-    binds = "".join(f"mount --rbind /{d} '{r}/{d}'\n" for r in roots for d in ("dev", "proc", "run"))
+    binds = "".join(
+        f"mount --rbind /{d} '{r}/{d}'\n" for r in roots for d in ("dev", "proc", "run")
+    )
     (out / "go").write_text(
         f"{binds}cd '{ROOT}' && PATH='{os.environ['PATH']}' PYTHONDONTWRITEBYTECODE=1 TMPDIR=/run "
         f"'{sys.executable}' -m tests.lab.inside /run/lab\n",

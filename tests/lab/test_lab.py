@@ -39,6 +39,7 @@ SCENARIOS = [
     Scenario(policy="eager", workload="ovmf", flips=500, plugin=False, name="stock"),
     Scenario(policy="none", workload="selftest", name="selftest"),
 ]
+TORTURE = Scenario(policy="torture", workload="random", vcpus=4, flips=4000, name="torture")
 WITH_PLUGIN = [s.name for s in SCENARIOS if s.plugin]
 FOLLOWED = [s.name for s in SCENARIOS if s.plugin and s.kill_daemon_after is None]
 HONEST = [s.name for s in SCENARIOS if s.workload != "selftest"]
@@ -47,7 +48,7 @@ HONEST = [s.name for s in SCENARIOS if s.workload != "selftest"]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All results by the scenario's name."""
-    found = machine.run_scenarios(SCENARIOS, tmp_path_factory.mktemp("lab"))
+    found = machine.run_scenarios([*SCENARIOS, TORTURE], tmp_path_factory.mktemp("lab"))
     return {result["name"]: result for result in found}
 
 
@@ -149,3 +150,24 @@ def test_stock_qemu_is_refused_with_a_hint(results: Results) -> None:
 def test_deferring_costs_fewer_cycles(results: Results) -> None:
     """Keeping both copies takes clearly fewer guest cycles than eager: a ratio within one run."""
     assert results["ovmf-none"]["guest_cycles"] < 0.8 * results["ovmf-eager"]["guest_cycles"]
+
+
+@pytest.mark.parametrize(
+    "name", [s.name for s in SCENARIOS if s.policy in ("eager", "lazy", "batched") and s.plugin]
+)
+def test_the_ledger_is_true(results: Results, name: str) -> None:
+    """With an empty ledger, what the host holds of shared memory is what the guest has live."""
+    result = results[name]
+    assert result["shared_allocated_bytes"] == result["shared_live_bytes"]
+
+
+def test_torture(results: Results) -> None:
+    """Four vCPUs, and a client that discards, drains, reconfigures and falls silent at random."""
+    result = results["torture"]
+    assert result["data_errors"] == 0
+    assert result["qemu_alive"]
+    assert result["plugin_conversions"] == result["guest_conversions"]
+    assert result["over_budget_bytes"] <= result["conversion_most_bytes"]
+    assert result["final_stale_bytes"] == 0
+    assert result["shared_allocated_bytes"] == result["shared_live_bytes"]
+    assert sum(result["disturbances"].values()) > 5

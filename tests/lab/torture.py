@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Everything that a client may do to the plugin, at random, while a guest converts at random."""
 
-import os
 import random
 import time
-from pathlib import Path
 from typing import Any
 
-from tests.lab.inside import Run, wait_until
+from tests.lab.inside import AREA, AREA_BYTES, Run, wait_until
 
 MIB = 1 << 20
-AREA, AREA_BYTES = 32 * MIB, 192 * MIB  # of payload.c
 CONVERSION_MOST = 2 * MIB
 BUDGETS = (0, MIB, 8 * MIB, 64 * MIB)
 DRAIN_SECONDS = 30.0
@@ -79,14 +76,6 @@ class Torture(Run):
         if "error" in reply and "busy" not in reply["error"]["desc"]:
             raise RuntimeError(f"x-upm-discard: {reply}")
 
-    def _shared_bytes(self) -> int:
-        """Allocated bytes of the guest's area in the memfd of its RAM."""
-        for link in Path(f"/proc/{self.qemu.pid}/fd").iterdir():
-            if "memory-backend-memfd" in str(link.readlink()):
-                with link.open("rb") as file:
-                    return allocated(file.fileno(), AREA, AREA + AREA_BYTES)
-        raise RuntimeError("QEMU has no memfd")
-
     def result(self) -> dict[str, Any]:
         """The guest's work under disturbance; then a drain, and what is left."""
         self.start_qemu()
@@ -115,7 +104,7 @@ class Torture(Run):
             "conversion_most_bytes": CONVERSION_MOST,
             "final_stale_bytes": sum(self._stale_now()),
             "shared_live_bytes": guest["live_shared_bytes"],
-            "shared_allocated_bytes": self._shared_bytes(),
+            "shared_allocated_bytes": self.shared_bytes(),
             "disturbances": self.commands,
             "counters": counters,
         }
@@ -123,16 +112,3 @@ class Torture(Run):
     def _stale_now(self) -> tuple[int, int]:
         stale = self.monitor.cmd("x-upm-query")["stale"]
         return stale["private"], stale["shared"]
-
-
-def allocated(fd: int, start: int, end: int) -> int:
-    """Bytes of a file in [start, end) that are no hole."""
-    total, at = 0, start
-    while at < end:
-        try:
-            data = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:
-            break
-        at = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-        total += max(0, at - data)
-    return total
