@@ -196,3 +196,19 @@ def test_plugin_stays_out_of_other_programs() -> None:
         env=dict(os.environ, LD_PRELOAD=str(plugin_path())),
     )
     assert (result.stdout.strip(), result.stderr) == (str(plugin_path()), "")
+
+
+@needs_kvm
+def test_plugin_says_why_it_stays_out() -> None:
+    """What opens KVM and lacks QEMU's functions, as a QEMU before 9.1 does, runs as without it."""
+    program = "import fcntl; print(fcntl.ioctl(open('/dev/kvm'), 0xAE00))"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, LD_PRELOAD=str(plugin_path())),
+    )
+    assert result.stdout.strip() == "12"
+    assert "qmp-upm: not in use: this program does not export" in result.stderr
+    assert "It takes QEMU 9.1 or newer" in result.stderr
