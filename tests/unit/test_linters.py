@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "command",
     [
-        ["ruff", "check", "qmp_upm", "policies", "tests", "benchmarks"],
-        ["ruff", "format", "--check", "qmp_upm", "policies", "tests", "benchmarks"],
+        ["ruff", "check", "qmp_upm", "policies", "tests", "benchmarks", "examples"],
+        ["ruff", "format", "--check", "qmp_upm", "policies", "tests", "benchmarks", "examples"],
         ["mypy", "qmp_upm", "policies"],
     ],
     ids=" ".join,
