@@ -30,6 +30,7 @@ enum state { SHARED, PRIVATE };
 
 struct shadow {
     uint8_t state;
+    bool converted;                   /* to shared, at least once */
     uint32_t written[2];              /* generation last written in each state; 0: never */
 };
 
@@ -177,6 +178,7 @@ static void convert(uint32_t page, uint32_t pages, enum state to)
     }
     __sync_fetch_and_add(&conversions, 1);
     for (uint32_t p = page; p < page + pages; p++) {
+        shadow[p].converted |= to == SHARED;
         if (shadow[p].state == to) {
             check_live(p); /* converted to what it was: nothing may change */
             continue;
@@ -359,13 +361,15 @@ static void start_processors(void)
     }
 }
 
-/* Pages whose shared copy is live and has been written. */
-static uint32_t live_shared(void)
+/* Pages whose shared copy is live and has been written or, if asked for, only converted. */
+static uint32_t live_shared(bool or_converted)
 {
     uint32_t pages = 0;
 
     for (uint32_t page = 0; page < AREA_PAGES; page++) {
-        pages += shadow[page].state == SHARED && shadow[page].written[SHARED];
+        const struct shadow *s = &shadow[page];
+
+        pages += s->state == SHARED && (s->written[SHARED] || (or_converted && s->converted));
     }
     return pages;
 }
@@ -394,6 +398,8 @@ void guest_main(const uint32_t *multiboot)
     put(", \"cycles\": ");
     put_number(start);
     put(", \"live_shared_bytes\": ");
-    put_number((uint64_t)live_shared() * PAGE);
+    put_number((uint64_t)live_shared(false) * PAGE);
+    put(", \"mapped_shared_bytes\": ");
+    put_number((uint64_t)live_shared(true) * PAGE);
     put("}\n");
 }

@@ -103,7 +103,7 @@ class Torture(Run):
             "over_budget_bytes": self.over_budget,
             "conversion_most_bytes": CONVERSION_MOST,
             "final_stale_bytes": sum(self._stale_now()),
-            "shared_live_bytes": guest["live_shared_bytes"],
+            "shared_live_bytes": self.live_shared(guest),
             "shared_allocated_bytes": self.shared_bytes(),
             "disturbances": self.commands,
             "counters": counters,
