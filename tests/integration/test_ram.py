@@ -250,14 +250,6 @@ def test_mmio_and_nothing(guest: Any) -> None:
     assert vm.cmd("x-upm-query")["records"]["head"] == head
 
 
-def test_balloon(guest: Any) -> None:
-    """What the monitor's other commands discard is not ours, and passes."""
-    vm = guest(*MEMFD, "-device", "virtio-balloon-pci,id=balloon")
-    assert vm.convert(64 * MIB, MIB, private=True) == 0
-    vm.cmd("balloon", value=128 * MIB)
-    assert vm.stale() == (0, MIB)
-
-
 def test_sandbox(guest: Any) -> None:
     """Under libvirt's seccomp filter the plugin's thread discards as ever."""
     vm = guest(*MEMFD, "-sandbox", "on,spawn=deny,elevateprivileges=deny,resourcecontrol=deny")
