@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from qmp_upm.errors import LinkError
+from qmp_upm.errors import CommandError, LinkError
 from qmp_upm.policy import Discard
 from qmp_upm.protocol import Copy, Discarded
 from qmp_upm.qmp import Monitor
@@ -15,6 +15,8 @@ RANGES_MOST = 4096
 """Ranges in a request."""
 OUTSTANDING_MOST = 8
 """Requests that the plugin has at a time; it takes twice as many from all its clients."""
+BUSY = "busy: "
+"""How the plugin says that other clients have filled its queue."""
 ANSWER_SECONDS = 60.0
 """After which a request that got no answer is given up, and the session with it."""
 
@@ -81,8 +83,11 @@ class KvmAttributes:
         self._waiting += requests
         return requests
 
-    async def pump(self) -> None:
-        """Send what the plugin has room for. LinkError if it owes an answer for too long."""
+    async def pump(self) -> list[tuple[Request, CommandError]]:
+        """Send what the plugin has room for; returns what it refused: its region went meanwhile.
+
+        LinkError if it owes an answer for too long.
+        """
         now = self._clock()
         for request in self._outstanding.values():
             if now - request.sent_s > ANSWER_SECONDS:
@@ -90,15 +95,25 @@ class KvmAttributes:
                     f"no answer to discard {request.id} within {ANSWER_SECONDS:.0f} s",
                     hint="the session is made again, and the ledger read",
                 )
+        refused = []
         while self._waiting and len(self._outstanding) < OUTSTANDING_MOST:
             request = self._waiting.popleft()
+            # Entered first: the event may come before the reply.
             self._outstanding[request.id] = Request(
                 request.id, request.discard, request.ranges, now
             )
-            await self._monitor.execute(
-                "x-upm-discard",
-                {"id": request.id, "copy": request.discard.copy, "ranges": request.ranges},
-            )
+            try:
+                await self._monitor.execute(
+                    "x-upm-discard",
+                    {"id": request.id, "copy": request.discard.copy, "ranges": request.ranges},
+                )
+            except CommandError as error:
+                del self._outstanding[request.id]
+                if BUSY in error.message:
+                    self._waiting.appendleft(request)
+                    break
+                refused.append((request, error))
+        return refused
 
     def complete(self, event: Discarded) -> Request | None:
         """The request that this event ends, or None: another client's."""

@@ -26,6 +26,9 @@ EVENTS_MOST = 1024
 YIELD_EVERY = 64
 """Messages after which the reader lets others run: it does not wait while it has data."""
 
+# Why a session may end: RecursionError is JSON nested too deep.
+_BROKEN = (QMPError, OSError, EOFError, ValueError, RecursionError)
+
 _NAMES = TypeAdapter(list[dict[str, Any]])
 
 # It warns of each reply that came after its time-out, which is ours to judge.
@@ -104,7 +107,7 @@ class Monitor:
                 f"{self.socket_path} accepts connections but does not answer",
                 hint="another client may hold this monitor: give qmp-upm one of its own",
             ) from error
-        except (QMPError, OSError, EOFError, ValueError) as error:
+        except _BROKEN as error:
             raise LinkError(
                 f"cannot connect to {self.socket_path}: {_cause(error)}",
                 hint="check that the VM runs, that its monitor listens there, and the permissions "
@@ -180,7 +183,7 @@ class Monitor:
                 await self._client.disconnect()
         except TimeoutError:
             return "the connection did not close in time"
-        except (QMPError, OSError, EOFError, ValueError) as error:
+        except _BROKEN as error:
             return _cause(error)
         return None
 

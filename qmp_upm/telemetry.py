@@ -7,6 +7,7 @@ there is no room for are counted in the next line written.
 
 import asyncio
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import aiofiles
 import structlog
+from aiofiles.threadpool.binary import AsyncBufferedIOBase
 
 LINES_MOST = 20_000
 FLUSH_SECONDS = 0.2
@@ -77,8 +79,8 @@ class Telemetry:
             return
         block, self._lines = self._lines, deque()
         try:
-            async with aiofiles.open(self.path, "a", encoding="utf-8") as file:
-                await file.write("\n".join(block) + "\n")
+            async with aiofiles.open(self.path, "ab+") as file:
+                await file.write(await _line_end(file) + "\n".join(block).encode() + b"\n")
             self._failed = False
         except OSError as error:
             self._lost += len(block)
@@ -91,6 +93,14 @@ class Telemetry:
                     hint="check the directory and the disk; the VM is served all the same",
                 )
             self._failed = True
+
+
+async def _line_end(file: AsyncBufferedIOBase) -> bytes:
+    """What ends a line that a killed daemon left torn, so that it spoils no other."""
+    if await file.seek(0, os.SEEK_END) == 0:
+        return b""
+    await file.seek(-1, os.SEEK_END)
+    return b"" if await file.read(1) == b"\n" else b"\n"
 
 
 def read_totals(path: Path) -> Mapping[str, int]:

@@ -56,6 +56,7 @@ class Session:
         """Attach, serve, and begin again with a growing pause, until cancelled."""
         pause = BACKOFF_FIRST
         while True:
+            begun_s = time.monotonic()
             monitor = Monitor(self._table.socket)
             try:
                 self._to(State.CONNECTING)
@@ -70,7 +71,7 @@ class Session:
                 self._telemetry.line("refused", error=error.message, hint=error.hint)
                 pause = REFUSED_SECONDS
             except PeerError as error:
-                if self.state is State.ATTACHED:
+                if self.state is State.ATTACHED and time.monotonic() > begun_s + BACKOFF_MOST:
                     pause = BACKOFF_FIRST
                 log.warning("lost", vm=self.name, error=error.message, hint=error.hint)
                 self._telemetry.line("lost", error=error.message)
@@ -154,7 +155,11 @@ class Session:
             if decision.defer != backend.deferred:
                 await backend.configure(decision.defer)
             self._submit(decision, backend)
-            await backend.pump()
+            refused = await backend.pump()
+            for request, error in refused:
+                self._telemetry.line("discard-refused", id=request.id, error=error.message)
+            if refused:
+                await self._resync(exits)
 
     def _wait_seconds(self, exits: PluginExits) -> float:
         if not exits.drained:
@@ -215,7 +220,7 @@ class Session:
             decision = checked(
                 self._policy.decide(batch, self._ledger, time.monotonic_ns(), Pressure())
             )
-        except Exception as error:
+        except Exception as error:  # a policy is anybody's code: whatever it raises is contained
             hint = error.hint if isinstance(error, PolicyError) else "tell the policy's author"
             log.exception(
                 "fallback",
