@@ -48,6 +48,7 @@ class Session:
         self._telemetry = telemetry
         self._policy: Policy = table.policy.make()
         self._failed = False
+        self._said: tuple[str, str] | None = None
         self._totals = {"conversions": 0, "discarded_bytes": 0}
         self._ledger = Ledger(table.budget)
         self._wake_ns: int | None = None
@@ -65,21 +66,24 @@ class Session:
             except PluginMissingError as error:
                 if self.state is not State.REFUSED:
                     self._to(State.REFUSED)
-                log.error(  # noqa: TRY400 - an operator needs no traceback
-                    "refused", vm=self.name, error=error.message, hint=error.hint
-                )
-                self._telemetry.line("refused", error=error.message, hint=error.hint)
+                self._trouble("refused", error)
                 pause = REFUSED_SECONDS
             except PeerError as error:
                 if self.state is State.ATTACHED and time.monotonic() > begun_s + BACKOFF_MOST:
                     pause = BACKOFF_FIRST
-                log.warning("lost", vm=self.name, error=error.message, hint=error.hint)
-                self._telemetry.line("lost", error=error.message)
+                self._trouble("lost", error)
                 self._to(State.BACKOFF)
             finally:
                 await monitor.close()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - only jitter
             pause = min(2 * pause, BACKOFF_MOST)
+
+    def _trouble(self, event: str, error: PeerError) -> None:
+        """Say it once, however often it is tried: a VM may be off for weeks."""
+        if (event, error.message) != self._said:
+            log.warning(event, vm=self.name, error=error.message, hint=error.hint)
+            self._telemetry.line(event, error=error.message, hint=error.hint)
+        self._said = (event, error.message)
 
     def _to(self, state: State) -> None:
         if state is not self.state:
@@ -115,6 +119,7 @@ class Session:
         await backend.configure(decision.defer)
         await self._resync(exits)
         self._to(State.ATTACHED)
+        self._said = None
         log.info(
             "attached",
             vm=self.name,

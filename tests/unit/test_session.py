@@ -233,3 +233,22 @@ async def test_peer_that_breaks_at_once_is_not_hammered(
             peer.records = [[1, 1 << 20, 4096, 1, 1, 5, 1]]
             await sleep(0.005)
     assert pauses[4] > 4 * pauses[0]
+
+
+async def test_trouble_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM that is off is tried again and again, and fills neither log nor telemetry."""
+    monkeypatch.setattr(vm, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(vm, "BACKOFF_MOST", 0.002)
+    attempts = 0
+    connect = vm.Monitor.connect
+
+    async def count(self: vm.Monitor) -> None:
+        nonlocal attempts
+        attempts += 1
+        await connect(self)
+
+    monkeypatch.setattr(vm.Monitor, "connect", count)
+    async with running(tmp_path) as (_, telemetry):
+        await until(lambda: attempts > 5)
+    await telemetry.flush()
+    assert telemetry.path.read_text(encoding="utf-8").count('"lost"') == 1
