@@ -71,7 +71,8 @@ def print_result(result: dict[str, Any]) -> None:
     """For a person."""
     for key, value in result.items():
         if key != "counters":
-            print(f"{key:26} {format_size(value) if key.endswith('_bytes') else value}")
+            sized = key.endswith("_bytes") and value is not None
+            print(f"{key:26} {format_size(value) if sized else value}")
 
 
 def print_comparison(results: list[dict[str, Any]], out: Path) -> None:

@@ -26,6 +26,13 @@ PREFAULTING_QEMU = 11
 # Where the guest converts: as in payload.c.
 AREA, AREA_BYTES = 32 << 20, 192 << 20
 QEMU_ENDS_SECONDS = 5.0
+UNKNOWN_WITHOUT_PLUGIN = (
+    "vm_kind",
+    "discarded_bytes",
+    "reused_bytes",
+    "peak_stale_bytes",
+    "final_stale_bytes",
+)
 # Index of the class callback that the shim sets, by major release.
 KVM_TYPE = {10: "2", 11: "7"}
 
@@ -246,6 +253,7 @@ class Run:
             result["after_daemon_stale_bytes"] = self.stale()
         else:
             log = self.daemon_log.read_text(encoding="utf-8").splitlines()
+            result |= dict.fromkeys(UNKNOWN_WITHOUT_PLUGIN)
             result["refusal"] = next(json.loads(x)["hint"] for x in log if '"refused"' in x)
         totals = read_totals(self.telemetry)
         return result | {
