@@ -4,6 +4,7 @@
 Real: QEMU, its memory backends, the guest_memfds, the plugin. The attribute ioctl answers at once.
 """
 
+import asyncio
 import contextlib
 import os
 import random
@@ -138,8 +139,13 @@ class Guest:
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Iterator[Any]:
-    """``guest(*arguments)``: a Guest, closed at the end."""
+    """``guest(*arguments)``: a Guest, closed at the end.
+
+    Its monitor works on the thread's event loop, and leaves one behind if it has to make it.
+    """
     started: list[Guest] = []
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
 
     def start(*arguments: str, backends: int = 1) -> Guest:
         started.append(Guest(tmp_path, *arguments, backends=backends))
@@ -148,6 +154,8 @@ def guest(tmp_path: Path) -> Iterator[Any]:
     yield start
     for one in started:
         one.close()
+    loop.close()
+    asyncio.set_event_loop(None)
 
 
 MEMFD = ("-machine", "q35,smm=off,memory-backend=ram", "-m", "256")
