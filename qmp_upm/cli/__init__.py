@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: one module for each family of commands, put together here."""
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import qmp_upm
+from qmp_upm.cli import plugin, run
+from qmp_upm.errors import ConfigError, QmpUpmError
+
+EXIT_CONFIG = 78
+
+app = typer.Typer(
+    help="Discard policies for the memory of confidential VMs, over QMP.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.add_typer(plugin.app, name="plugin")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qmp-upm {qmp_upm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 usage, 78 configuration."""
+    try:
+        app()
+    except QmpUpmError as error:
+        typer.echo(f"qmp-upm: {error.message}\nhint: {error.hint}", err=True)
+        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else 1)
+    sys.exit(0)
