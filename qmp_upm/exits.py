@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where conversions come from: the plugin's record, read from a cursor on."""
 
+import numpy as np
+
 from qmp_upm.errors import MessageError
 from qmp_upm.pages import PageSet, Range
 from qmp_upm.policy import Batch
-from qmp_upm.protocol import READ_MOST, Copy, Query, Read, Record, StaleRanges, read_message
+from qmp_upm.protocol import READ_MOST, Copy, Query, Read, StaleRanges, read_message
 from qmp_upm.qmp import Monitor
+from qmp_upm.records import Records
 
 READS_MOST = 16
 """Replies taken in one go, so that a guest that floods can't keep its session from deciding."""
@@ -39,7 +42,7 @@ class PluginExits:
 
     async def read(self) -> Batch:
         """What has been recorded since; ``drained`` says whether that was all."""
-        records: list[Record] = []
+        parts: list[Records] = []
         dropped = 0
         for _ in range(READS_MOST):
             answer = await self._monitor.execute(
@@ -53,26 +56,27 @@ class PluginExits:
                     hint="the VM's QEMU or plugin is faulty; restart the VM",
                 )
             await self._check(read.records)
-            records += read.records
+            parts.append(read.records)
             dropped += read.dropped
             self.cursor = read.cursor
             self.drained = len(read.records) < READ_MOST
             if self.drained:
                 break
-        return Batch(tuple(records), dropped)
+        return Batch(np.concatenate(parts), dropped)
 
-    async def _check(self, records: list[Record]) -> None:
+    async def _check(self, records: Records) -> None:
         """Every range lies in a region that is, or has been, there."""
-        for record in records:
-            if record.region not in self._sizes:
+        for region in np.unique(records["region"]).tolist():
+            if region not in self._sizes:
                 known = self._sizes
                 await self.query()
                 self._sizes = known | self._sizes
-            size = self._sizes.get(record.region)
+            size = self._sizes.get(region)
+            own = records[records["region"] == region]
             # A region that came and went between two reads is unknown by now, and empty.
-            if size is not None and record.offset + record.size > size:
+            if size is not None and (own["offset"] + own["size"]).max() > size:
                 raise MessageError(
-                    f"x-upm-read: a record reaches beyond the end of region {record.region}",
+                    f"x-upm-read: a record reaches beyond the end of region {region}",
                     hint="the VM's QEMU or plugin is faulty; restart the VM",
                 )
 
@@ -95,7 +99,7 @@ class PluginExits:
                             hint="the VM's QEMU or plugin is faulty; restart the VM",
                         )
                     cursor = part.cursor
-                    for offset, size in part.ranges:
+                    for offset, size in part.ranges.tolist():
                         if offset + size > region.size:
                             raise MessageError(
                                 f"x-upm-stale: a range beyond the end of region {region.id}",

@@ -7,11 +7,11 @@ copy; cohorts are in order of time. The mirror may hold a page that the plugin h
 more is harmless. It never misses one for longer than a resynchronisation takes.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qmp_upm.pages import PageSet, Range
-from qmp_upm.protocol import Copy, Record
+from qmp_upm.protocol import Copy
+from qmp_upm.records import Record, Records
 
 COHORTS_MOST = 64
 """Ages told apart for a copy. Past it, neighbours are joined, and count as the older of them."""
@@ -82,11 +82,11 @@ class Ledger:
             chosen[copy] |= part
         return {copy: pages for copy, pages in chosen.items() if pages}
 
-    def apply(self, records: Iterable[Record], now_ns: int) -> Applied:
+    def apply(self, records: Records, now_ns: int) -> Applied:
         """Follow conversions, in their order."""
         entered = {copy: PageSet() for copy in Copy}
         deferred = reused = 0
-        for record in records:
+        for record in map(Record._make, records.tolist()):
             live = Copy.PRIVATE if record.private else Copy.SHARED
             pages = Range(record.region, record.offset, record.size)
             reused += self._stale[live].remove(pages)

@@ -7,7 +7,7 @@ and starts nothing. It is found by its entry point in the group ``qmp_upm.polici
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qmp_upm.errors import ConfigError, PolicyError
 from qmp_upm.pages import PageSet
-from qmp_upm.protocol import Copy, Record
+from qmp_upm.protocol import Copy
+from qmp_upm.records import Record, Records, make_records
 
 GROUP = "qmp_upm.policies"
 
@@ -50,25 +51,41 @@ class LedgerView(Protocol):
         """The oldest stale pages of both copies, ``size`` bytes or all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Conversions in their order; empty when only time has passed.
 
-    ``dropped`` counts records that were lost before these. The ledger is right all the same.
+    ``records`` is an array of ``qmp_upm.records.RECORD``, a row each, for work in bulk; iterating
+    gives one Record after the other, for code that can afford it. ``dropped`` counts records that
+    were lost before these. The ledger is right all the same.
     """
 
-    records: tuple[Record, ...] = ()
+    records: Records = field(default_factory=make_records)
     dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (Record._make(row) for row in self.records.tolist())
 
 
 @dataclass(frozen=True)
 class Pressure:
-    """Share of the last ten seconds, in percent, in which some task of the host waited for memory.
+    """How short of memory the host and the VM's cgroup are. 0 or None where it is not known.
 
-    Source: /proc/pressure/memory, line ``some``, ``avg10``. 0 where the kernel doesn't tell.
+    ``…_percent``: share of the last ten seconds in which some task (``some``) or all tasks
+    (``full``) waited for memory. Source: ``avg10`` of /proc/pressure/memory, and of the cgroup's
+    memory.pressure. ``cgroup_memory_bytes`` of at most ``cgroup_limit_bytes``: memory.current and
+    memory.max, None without a limit.
     """
 
-    some_percent: float = 0.0
+    host_some_percent: float = 0.0
+    host_full_percent: float = 0.0
+    cgroup_some_percent: float = 0.0
+    cgroup_full_percent: float = 0.0
+    cgroup_memory_bytes: int | None = None
+    cgroup_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ CLOCK_MONOTONIC.
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt, ValidationError
 
 from qmp_upm.errors import MessageError
-from qmp_upm.pages import PAGE_BYTES
+from qmp_upm.records import OFFSET, REGION, SIZE, Limits, Records, read_records, read_table
 
 PROTOCOL = 1
 COMMANDS = frozenset(
@@ -20,13 +23,19 @@ COMMANDS = frozenset(
 )
 READ_MOST = 4096
 """Records asked for at a time: a reply stays below a megabyte."""
+STALE_MOST = 16384
+"""Ranges that a reply of x-upm-stale has at most."""
 
 Count = Annotated[StrictInt, Field(ge=0, lt=1 << 64)]
-# Below 8 TiB, so that the last page of any range has a number of 32 bits.
-Offset = Annotated[StrictInt, Field(ge=0, lt=1 << 43, multiple_of=PAGE_BYTES)]
-Size = Annotated[StrictInt, Field(gt=0, lt=1 << 43, multiple_of=PAGE_BYTES)]
-RegionId = Annotated[StrictInt, Field(gt=0, lt=1 << 16)]
-Flag = Annotated[StrictInt, Field(ge=0, le=1)]
+
+
+def _within(limits: Limits) -> Any:
+    return Field(ge=limits.least, le=limits.most, multiple_of=limits.unit)
+
+
+Offset = Annotated[StrictInt, _within(OFFSET)]
+Size = Annotated[StrictInt, _within(SIZE)]
+RegionId = Annotated[StrictInt, _within(REGION)]
 
 
 class Copy(StrEnum):
@@ -71,7 +80,7 @@ class Stale(Message):
     peak: Count
 
 
-class Records(Message):
+class RecordLog(Message):
     """The plugin's record of conversions: ``head`` is the number of the next one."""
 
     head: Count
@@ -88,24 +97,8 @@ class Query(Message):
     conversion: Annotated[str, Field(max_length=32)]
     regions: Annotated[list[Region], Field(max_length=512)]
     stale: Stale
-    records: Records
+    records: RecordLog
     counters: Annotated[dict[str, Count], Field(max_length=256)]
-
-
-class Record(NamedTuple):
-    """One conversion, or a run of neighbours merged.
-
-    ``private``: 1 if the range became private. ``deferred``: 1 if the copy that it left was kept.
-    ``count``: the guest's conversions in it; 0 where the plugin only took a copy into its ledger.
-    """
-
-    region: RegionId
-    offset: Offset
-    size: Size
-    private: Flag
-    deferred: Flag
-    time_ns: Count
-    count: Count  # type: ignore[assignment] # a field, where tuple has a method
 
 
 class Read(Message):
@@ -113,13 +106,18 @@ class Read(Message):
 
     cursor: Count
     dropped: Count
-    records: Annotated[list[Record], Field(max_length=READ_MOST)]
+    records: Annotated[Records, PlainValidator(partial(read_records, most=READ_MOST))]
 
 
 class StaleRanges(Message):
-    """Answer to x-upm-stale: runs as [offset, size], and where to go on."""
+    """Answer to x-upm-stale: runs as rows of offset and size, and where to go on."""
 
-    ranges: Annotated[list[tuple[Offset, Size]], Field(max_length=16384)]
+    ranges: Annotated[
+        NDArray[np.int64],
+        PlainValidator(
+            partial(read_table, limits={"offset": OFFSET, "size": SIZE}, most=STALE_MOST)
+        ),
+    ]
     cursor: Offset
     done: bool
 

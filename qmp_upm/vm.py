@@ -198,18 +198,19 @@ class Session:
         )
 
     def _follow(self, batch: Batch, exits: PluginExits) -> None:
-        if not batch.records and not batch.dropped:
+        if not len(batch) and not batch.dropped:
             return
         applied = self._ledger.apply(batch.records, time.monotonic_ns())
-        conversions = sum(record.count for record in batch.records)
+        conversions = int(batch.records["count"].sum())
+        to_private = batch.records["private"] == 1
         self._totals["conversions"] += conversions
         self._telemetry.line(
             "batch",
             cursor=exits.cursor,
-            records=len(batch.records),
+            records=len(batch),
             conversions=conversions,
-            to_private_bytes=sum(r.size for r in batch.records if r.private),
-            to_shared_bytes=sum(r.size for r in batch.records if not r.private),
+            to_private_bytes=int(batch.records["size"][to_private].sum()),
+            to_shared_bytes=int(batch.records["size"][~to_private].sum()),
             deferred_bytes=applied.deferred_bytes,
             reused_bytes=applied.reused_bytes,
             dropped=batch.dropped,

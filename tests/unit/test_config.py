@@ -74,12 +74,21 @@ def test_torn_telemetry_adds_up(tmp_path: Path) -> None:
         [1, 0, 0, 1, 0, 0, 1],
         [1, 1 << 60, 4096, 1, 0, 0, 1],
         [1, 0, 4096, 2, 0, 0, 1],
+        [1, 1 << 70, 4096, 1, 0, 0, 1],
         ["1", 0, 4096, 1, 0, 0, 1],
+        [True, 0, 4096, 1, 0, 0, 1],
+        [1.0, 0, 4096, 1, 0, 0, 1],
+        [1, 0, 4096, 1, 0, 0, 1 << 32],
+        [1, 0, 4096, 1, 0, 1 << 63, 1],
+        [1, [0], 4096, 1, 0, 0, 1],
+        [[], 0, 4096, 1, 0, 0, 1],
+        {"region": 1},
         None,
     ],
 )
 def test_lying_records_are_message_errors(row: object) -> None:
-    """A record that can't be is refused with the field's name."""
+    """A record that can't be is refused, by its number, though all others are right."""
     with pytest.raises(MessageError) as caught:
-        read_message(Read, {"cursor": 1, "dropped": 0, "records": [row]})
-    assert "records.0" in caught.value.message
+        read_message(Read, {"cursor": 2, "dropped": 0, "records": [[1, 0, 4096, 1, 0, 0, 1], row]})
+    assert "row 1" in caught.value.message
+    assert caught.value.hint

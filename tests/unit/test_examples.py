@@ -12,11 +12,12 @@ PROGRAM = """
 from qmp_upm.ledger import Ledger
 from qmp_upm.pages import PageSet, Range
 from qmp_upm.policy import Batch, Pressure, make_policy
-from qmp_upm.protocol import Copy, Record
+from qmp_upm.protocol import Copy
+from qmp_upm.records import make_records
 
 policy = make_policy("patient", {"patience": "3 s"})
 ledger = Ledger(1 << 30)
-ledger.apply([Record(1, 0, 8192, 1, 1, 0, 1)], 0)
+ledger.apply(make_records([(1, 0, 8192, 1, 1, 0, 1)]), 0)
 early = policy.decide(Batch(), ledger, 2_000_000_000, Pressure())
 assert (early.discards, early.wake_at_ns) == ((), 3_000_000_000)
 late = policy.decide(Batch(), ledger, 3_000_000_000, Pressure())

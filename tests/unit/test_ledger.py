@@ -11,7 +11,8 @@ from qmp_upm.errors import ConfigError
 from qmp_upm.ledger import Ledger
 from qmp_upm.pages import PAGE_BYTES, PageSet, Range
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, make_policy
-from qmp_upm.protocol import Copy, Record
+from qmp_upm.protocol import Copy
+from qmp_upm.records import Record, make_records
 from qmp_upm.units import NSEC
 
 conversions = st.lists(
@@ -39,7 +40,7 @@ def test_mirror_follows_conversions(steps: list[tuple[int, int, bool, bool]], si
     ledger, model = Ledger(1 << 30), {copy: set[int]() for copy in Copy}
     records = [record(*step) for step in steps]
     for start in range(0, len(records), size):
-        ledger.apply(records[start : start + size], start)
+        ledger.apply(make_records(records[start : start + size]), start)
     for first, pages, private, deferred in steps:
         live = Copy.PRIVATE if private else Copy.SHARED
         span = set(range(first, first + pages))
@@ -68,7 +69,8 @@ def stale_ledger(pages: int, budget_pages: int) -> Ledger:
     """Pages became stale one after the other, a second apart, from time 0."""
     ledger = Ledger(budget_pages * PAGE_BYTES)
     for page in range(pages):
-        ledger.apply([record(2 * page, 1, private=True, deferred=True)], page * NSEC)
+        became = record(2 * page, 1, private=True, deferred=True)
+        ledger.apply(make_records([became]), page * NSEC)
     return ledger
 
 

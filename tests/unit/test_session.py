@@ -195,7 +195,7 @@ class Raises(Policy):
 
     def decide(self, batch: Batch, *_: Any) -> Decision:
         """Fails at the first conversion."""
-        if batch.records:
+        if len(batch):
             raise KeyError("oops")
         return Decision(frozenset(Copy))
 
