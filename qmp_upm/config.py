@@ -33,6 +33,30 @@ class TelemetryTable(_Table):
     """``[telemetry]``: where JSON lines go."""
 
     directory: Path
+    file_size: Bytes = 16 << 20
+    """A VM's file is put aside at this size."""
+    total_size: Bytes = 1 << 30
+    """The most that all files together may take."""
+
+
+class MetricsTable(_Table):
+    """``[metrics]``: where Prometheus finds ``/metrics``."""
+
+    listen: str = "127.0.0.1:9469"
+    """Address and port; empty: nowhere."""
+
+
+class ControlTable(_Table):
+    """``[control]``: the daemon's own QMP socket."""
+
+    socket: Path = Path("/run/qmp-upm/control.sock")
+
+
+class HostTable(_Table):
+    """``[host]``: what concerns all VMs together."""
+
+    budget: Bytes | None = None
+    """The most stale bytes of all VMs together, divided over them; without it no such limit."""
 
 
 class VmDefaults(_Table):
@@ -58,6 +82,9 @@ class Config(_Table):
     """The whole file."""
 
     telemetry: TelemetryTable
+    metrics: MetricsTable = MetricsTable()
+    control: ControlTable = ControlTable()
+    host: HostTable = HostTable()
     defaults: VmDefaults = VmDefaults()
     vms: Annotated[dict[str, VmTable], Field(min_length=1)]
 

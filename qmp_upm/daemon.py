@@ -3,12 +3,13 @@
 
 import asyncio
 import signal
+import time
 
 import structlog
 
 from qmp_upm.config import Config
 from qmp_upm.errors import ConfigError
-from qmp_upm.telemetry import Telemetry
+from qmp_upm.host import Host
 from qmp_upm.vm import Session
 
 RESTART_SECONDS = 5.0
@@ -30,12 +31,10 @@ async def _serve(config: Config) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    files, writers, sessions = [], [], []
-    for name, table in config.vms.items():
-        telemetry = Telemetry(config.telemetry.directory, name)
-        files.append(telemetry)
-        writers.append(asyncio.create_task(telemetry.run()))
-        sessions.append(asyncio.create_task(_supervise(Session(name, table, telemetry))))
+    host = Host(config, time.time())
+    files = [session.telemetry for session in host.sessions]
+    writers = [asyncio.create_task(telemetry.run()) for telemetry in files]
+    sessions = [asyncio.create_task(_supervise(session)) for session in host.sessions]
     log.info("started", vms=len(sessions))
     await stop.wait()
     for task in sessions:

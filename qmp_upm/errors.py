@@ -7,8 +7,12 @@
     ├── ConfigError             a configuration file or parameter can't be used
     ├── PolicyError             a policy failed, or decided what can't be done
     ├── InstallError            a part of qmp-upm itself is not where it should be
+    ├── UnknownVmError          no VM of this name is looked after
+    ├── UnavailableError        the VM is there, but can't do this at the moment
     └── PeerError               QEMU is not what it should be; the VM is tried again
-        ├── LinkError           no connection, or it broke, or nobody answers
+        ├── LinkError           no connection, or it broke
+        │   ├── TakenError      the monitor accepts, and never greets
+        │   └── SilentError     a command got no answer in time
         ├── MessageError        an answer that breaks the protocol
         ├── CommandError        QEMU refused a command
         └── PluginMissingError  QEMU runs without the plugin
@@ -36,12 +40,28 @@ class InstallError(QmpUpmError):
     """A file that belongs to the installation is missing."""
 
 
+class UnknownVmError(QmpUpmError):
+    """The daemon looks after no VM of this name."""
+
+
+class UnavailableError(QmpUpmError):
+    """The VM is known, but is not attached, or did not do it in time."""
+
+
 class PeerError(QmpUpmError):
     """This VM can't be served at the moment. Others are not concerned."""
 
 
 class LinkError(PeerError):
-    """The monitor can't be reached, is taken, is silent, or went away."""
+    """The monitor can't be reached, or went away."""
+
+
+class TakenError(LinkError):
+    """The monitor accepts connections and does not greet: another client holds it."""
+
+
+class SilentError(LinkError):
+    """QEMU greeted, and left a command without an answer for too long."""
 
 
 class MessageError(PeerError):

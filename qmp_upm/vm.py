@@ -4,19 +4,20 @@
 import asyncio
 import random
 import time
-from enum import StrEnum
 
 import structlog
 
 from qmp_upm.backends import KvmAttributes, Settings
 from qmp_upm.config import VmTable
 from qmp_upm.errors import MessageError, PeerError, PluginMissingError, PolicyError
+from qmp_upm.events import Publisher
 from qmp_upm.exits import PluginExits
 from qmp_upm.ledger import Ledger
 from qmp_upm.plugin import plugin_env
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
-from qmp_upm.protocol import COMMANDS, PROTOCOL, Discarded, Event, Query, read_message
+from qmp_upm.protocol import COMMANDS, PROTOCOL, Copy, Discarded, Event, Query, read_message
 from qmp_upm.qmp import Monitor
+from qmp_upm.stats import State, Trouble, VmStats, VmView
 from qmp_upm.telemetry import Telemetry
 from qmp_upm.units import NSEC
 
@@ -28,23 +29,19 @@ SETTLE_SECONDS = 1.0
 log = structlog.get_logger()
 
 
-class State(StrEnum):
-    """Where a session is."""
-
-    CONNECTING = "connecting"
-    ATTACHED = "attached"
-    REFUSED = "refused"
-    BACKOFF = "backoff"
-    STOPPED = "stopped"
-
-
 class Session:
     """Serves one VM until cancelled. One task runs it; nothing else touches its state."""
 
     def __init__(self, name: str, table: VmTable, telemetry: Telemetry) -> None:
         self.name = name
         self.state = State.CONNECTING
+        self.stats = VmStats()
+        self.batches: Publisher[Batch] = Publisher()
         self._table = table
+        self._since = time.time()
+        self._trouble_now: Trouble | None = None
+        self._qemu: tuple[str, str, str] | None = None
+        self.telemetry = telemetry
         self._telemetry = telemetry
         self._policy: Policy = table.policy.make()
         self._failed = False
@@ -52,6 +49,27 @@ class Session:
         self._totals = {"conversions": 0, "discarded_bytes": 0}
         self._ledger = Ledger(table.budget)
         self._wake_ns: int | None = None
+
+    def view(self) -> VmView:
+        """As it is now."""
+        qemu, plugin, kind = self._qemu or (None, None, None)
+        return VmView(
+            name=self.name,
+            uuid=None,
+            socket=self._table.socket,
+            state=self.state,
+            since=self._since,
+            trouble=self._trouble_now,
+            qemu_version=qemu,
+            plugin_version=plugin,
+            vm_kind=kind,
+            policy=self._table.policy.name,
+            parameters=dict(self._table.policy.__pydantic_extra__ or {}),
+            fallen_back="it raised" if self._failed else None,
+            budget_bytes=self._table.budget,
+            stale_bytes={copy: self._ledger.stale(copy).bytes for copy in Copy},
+            stats=self.stats.snapshot(),
+        )
 
     async def run(self) -> None:
         """Attach, serve, and begin again with a growing pause, until cancelled."""
@@ -80,6 +98,7 @@ class Session:
 
     def _trouble(self, event: str, error: PeerError) -> None:
         """Say it once, however often it is tried: a VM may be off for weeks."""
+        self._trouble_now = Trouble(error=error.message, hint=error.hint)
         if (event, error.message) != self._said:
             log.warning(event, vm=self.name, error=error.message, hint=error.hint)
             self._telemetry.line(event, error=error.message, hint=error.hint)
@@ -88,6 +107,7 @@ class Session:
     def _to(self, state: State) -> None:
         if state is not self.state:
             log.debug("state", vm=self.name, was=self.state, now=state)
+            self._since = time.time()
         self.state = state
 
     async def _attach_and_serve(self, monitor: Monitor) -> None:
@@ -120,6 +140,8 @@ class Session:
         await self._resync(exits)
         self._to(State.ATTACHED)
         self._said = None
+        self._trouble_now = None
+        self._qemu = (monitor.qemu_version, query.version, query.vm_kind)
         log.info(
             "attached",
             vm=self.name,
@@ -200,6 +222,7 @@ class Session:
     def _follow(self, batch: Batch, exits: PluginExits) -> None:
         if not len(batch) and not batch.dropped:
             return
+        self.batches.put(batch)
         applied = self._ledger.apply(batch.records, time.monotonic_ns())
         conversions = int(batch.records["count"].sum())
         to_private = batch.records["private"] == 1

@@ -14,8 +14,9 @@ from qmp_upm import vm
 from qmp_upm.config import VmTable
 from qmp_upm.policy import Batch, Decision, Policy
 from qmp_upm.protocol import COMMANDS, Copy
+from qmp_upm.stats import State
 from qmp_upm.telemetry import Telemetry
-from qmp_upm.vm import Session, State
+from qmp_upm.vm import Session
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}}}
 GREETING["QMP"]["capabilities"] = ["oob"]  # type: ignore[assignment]

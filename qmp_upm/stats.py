@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is counted of a VM, and how the daemon shows it.
+
+`VmStats` is the session's own: plain, cheap to add to, and where it counts, monotonic for the
+daemon's lifetime. `VmView` is an immutable picture for everybody else: the control socket and the
+metrics.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+from qmp_upm.protocol import Copy
+
+BUCKETS = 40
+"""Of a latency histogram: bucket ``i`` counts durations below ``2**(i+1)`` ns, not below ``2**i``;
+the last one has no upper end. Source: ``histogram_add`` in plugin/worker.c."""
+REASONS_MOST = 16
+"""Reasons told apart for a VM's discards. A policy's author chooses them; the rest is ``other``."""
+
+
+class State(StrEnum):
+    """Where a session is. It stays there between two attempts to attach."""
+
+    CONNECTING = "connecting"
+    """Not tried yet, or never answered."""
+    ATTACHED = "attached"
+    """Served."""
+    REFUSED = "refused"
+    """QEMU runs without the plugin."""
+    BUSY = "busy"
+    """The monitor accepts connections and does not greet: another client holds it."""
+    SILENT = "silent"
+    """QEMU greeted, and then did not answer in time: stopped, or hung."""
+    FAULTY = "faulty"
+    """It broke the protocol, or contradicted itself."""
+    BACKOFF = "backoff"
+    """Nobody listens, or the connection broke."""
+    STOPPED = "stopped"
+    """The daemon has left the VM."""
+
+
+def bucket_of(duration_ns: int) -> int:
+    """The histogram bucket of a duration."""
+    return min(max(duration_ns, 1).bit_length() - 1, BUCKETS - 1)
+
+
+def _by_copy() -> dict[Copy, int]:
+    return dict.fromkeys(Copy, 0)
+
+
+def _by_reason() -> dict[Copy, dict[str, int]]:
+    return {copy: {} for copy in Copy}
+
+
+def _histogram() -> list[int]:
+    return [0] * BUCKETS
+
+
+@dataclass(slots=True)
+class VmStats:
+    """Counters of a session, and the last that the plugin said. Sizes are bytes.
+
+    Counters survive reconnects and restarts of the VM; of the plugin's, which begin again with each
+    QEMU, the increments are added up.
+    """
+
+    conversions: dict[Copy, int] = field(default_factory=_by_copy)
+    """The guest's conversions, by the copy that became live."""
+    converted_bytes: dict[Copy, int] = field(default_factory=_by_copy)
+    flips: int = 0
+    """Conversions of ranges that had been converted before."""
+    deferred_bytes: int = 0
+    reused_bytes: dict[Copy, int] = field(default_factory=_by_copy)
+    """Found again on return, as the plugin counts it."""
+    discards: dict[Copy, dict[str, int]] = field(default_factory=_by_reason)
+    """Requests that the plugin has finished, by copy and the policy's reason."""
+    discarded_bytes: dict[Copy, dict[str, int]] = field(default_factory=_by_reason)
+    skipped_bytes: int = 0
+    """Asked for, and no longer stale when the plugin came to them."""
+    failed_discards: int = 0
+    """Requests that the plugin refused, or ended with an error."""
+    dropped_records: int = 0
+    resyncs: int = 0
+    lease_expiries: int = 0
+    reconnects: int = 0
+    """Times that the session was attached, but for the first."""
+    decisions: int = 0
+    decision_failures: int = 0
+    decision_seconds: float = 0.0
+    decision_ns: list[int] = field(default_factory=_histogram)
+    lost_lines: int = 0
+    """Telemetry lines that there was no room for, or that could not be written."""
+    plugin_counters: dict[str, int] = field(default_factory=dict)
+    """As x-upm-query names them."""
+    convert_ns: list[int] = field(default_factory=_histogram)
+    discard_ns: list[int] = field(default_factory=_histogram)
+    stale_bytes: dict[Copy, int] = field(default_factory=_by_copy)
+    peak_stale_bytes: int = 0
+    """Of this QEMU: the most there ever was of both copies together."""
+    budget_bytes: int = 0
+    """What the VM may hold now; its share where the host's budget is divided."""
+
+    def count_discard(self, copy: Copy, reason: str, discarded: int, skipped: int) -> None:
+        """A request that the plugin has finished."""
+        known = self.discards[copy]
+        if reason not in known and len(known) >= REASONS_MOST:
+            reason = "other"
+        known[reason] = known.get(reason, 0) + 1
+        by_reason = self.discarded_bytes[copy]
+        by_reason[reason] = by_reason.get(reason, 0) + discarded
+        self.skipped_bytes += skipped
+
+    def count_decision(self, duration_ns: int) -> None:
+        """A decision of the policy, and what it took."""
+        self.decisions += 1
+        self.decision_seconds += duration_ns / 1e9
+        self.decision_ns[bucket_of(duration_ns)] += 1
+
+    def snapshot(self) -> "VmStats":
+        """A copy that no longer changes."""
+        return deepcopy(self)
+
+
+class Trouble(BaseModel):
+    """Why a VM is not served at the moment, and what to do."""
+
+    model_config = ConfigDict(frozen=True)
+
+    error: str
+    hint: str
+
+
+class VmView(BaseModel):
+    """A VM as query-vm and the metrics show it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    uuid: str | None
+    socket: str
+    state: State
+    since: float
+    """When it came into this state, seconds since 1970."""
+    trouble: Trouble | None
+    qemu_version: str | None
+    plugin_version: str | None
+    vm_kind: str | None
+    policy: str
+    parameters: Mapping[str, object]
+    fallen_back: str | None
+    """Why the policy was replaced by ``eager``; None while it works."""
+    budget_bytes: int
+    stale_bytes: Mapping[Copy, int]
+    stats: VmStats
+
+
+class PluginTotals:
+    """Adds up counters that begin again whenever QEMU does."""
+
+    def __init__(self, stats: VmStats) -> None:
+        self._stats = stats
+        self._counters: Mapping[str, int] = {}
+        self._latencies: dict[str, Sequence[int]] = {}
+
+    def restarted(self) -> None:
+        """What comes next is of another QEMU."""
+        self._counters, self._latencies = {}, {}
+
+    def take(self, counters: Mapping[str, int], latencies: Mapping[str, Sequence[int]]) -> None:
+        """Add what has come since the last time; a counter that fell has begun again."""
+        totals = self._stats.plugin_counters
+        if any(counters.get(name, 0) < before for name, before in self._counters.items()):
+            self.restarted()
+        for name, value in counters.items():
+            totals[name] = totals.get(name, 0) + value - self._counters.get(name, 0)
+        self._counters = dict(counters)
+        for copy in Copy:
+            self._stats.reused_bytes[copy] = totals.get(f"reused-bytes-{copy}", 0)
+        for name, buckets in (
+            ("convert", self._stats.convert_ns),
+            ("discard", self._stats.discard_ns),
+        ):
+            now = latencies.get(name, ())[:BUCKETS]
+            before = self._latencies.get(name) or [0] * len(now)
+            for i, (new, old) in enumerate(zip(now, before, strict=False)):
+                buckets[i] += max(new - old, 0)
+            self._latencies[name] = now
