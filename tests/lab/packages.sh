@@ -4,7 +4,8 @@
 set -eu
 
 QEMU_LEAST=9.1
-wanted='flex bison libelf-dev libssl-dev bc cpio xz-utils busybox-static linux-source-6.12'
+wanted='flex bison libelf-dev libssl-dev bc cpio xz-utils busybox-static linux-source-6.12
+    systemd libvirt-common libxml2-utils'
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 backports=/etc/apt/sources.list.d/qmp-upm-backports.sources
 
@@ -23,6 +24,13 @@ qemu_installed() {
 # The newest QEMU that apt offers, and the suite that it is in if apt must be told.
 qemu_offered() {
     apt-cache madison qemu-system-x86 | awk -F ' *[|] *' '{print $2}' | sort -Vr | head -n 1
+}
+
+# Whether apt knows them all; Debian 12 has some in its backports only.
+offered() {
+    for package; do
+        [ -n "$(apt-cache madison "$package")" ] || return 1
+    done
 }
 
 # The mirror that this release's packages come from.
@@ -77,7 +85,8 @@ if [ "$root" = yes ]; then
 else
     echo 'Some packages are missing. Run this, then try again:'
 fi
-if [ -n "${qemu_missing:-}" ] && ! at_least "$(qemu_offered)"; then
+# shellcheck disable=SC2086
+if { [ -n "${qemu_missing:-}" ] && ! at_least "$(qemu_offered)"; } || ! offered $missing; then
     enable_backports
     [ "$root" = no ] || apt-get update -q
 elif [ -n "${qemu_missing:-}" ]; then
