@@ -6,6 +6,7 @@
     QmpUpmError
     ├── ConfigError             a configuration file or parameter can't be used
     ├── PolicyError             a policy failed, or decided what can't be done
+    ├── TraceError              a recorded trace can't be read or written
     ├── InstallError            a part of qmp-upm itself is not where it should be
     ├── UnknownVmError          no VM of this name is looked after
     ├── UnavailableError        the VM is there, but can't do this at the moment
@@ -34,6 +35,10 @@ class ConfigError(QmpUpmError):
 
 class PolicyError(QmpUpmError):
     """A policy raised, or returned what is no decision. Its VM goes on with ``eager``."""
+
+
+class TraceError(QmpUpmError):
+    """A file of recorded conversions is damaged, foreign, or can't be read or written."""
 
 
 class InstallError(QmpUpmError):
