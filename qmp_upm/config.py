@@ -33,10 +33,10 @@ class TelemetryTable(_Table):
     """``[telemetry]``: where JSON lines go."""
 
     directory: Path
-    file_size: Bytes = 16 << 20
-    """A VM's file is put aside at this size."""
-    total_size: Bytes = 1 << 30
-    """The most that all files together may take."""
+    file_size: Annotated[Bytes, Field(ge=1 << 20)] = 16 << 20
+    """A VM's file is begun anew at this size, and the old one kept beside it."""
+    total_size: Annotated[Bytes, Field(ge=4 << 20)] = 1 << 30
+    """All telemetry files together never take more; the oldest of the VM with most go first."""
 
 
 class MetricsTable(_Table):

@@ -13,6 +13,8 @@ from qmp_upm.host import Host
 from qmp_upm.vm import Session
 
 RESTART_SECONDS = 5.0
+TELEMETRY_SECONDS = 2.0
+"""How long the disk may take with the last lines."""
 
 log = structlog.get_logger()
 
@@ -32,17 +34,14 @@ async def _serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     host = Host(config, time.time())
-    files = [session.telemetry for session in host.sessions]
-    writers = [asyncio.create_task(telemetry.run()) for telemetry in files]
+    host.telemetry.start()
     sessions = [asyncio.create_task(_supervise(session)) for session in host.sessions]
     log.info("started", vms=len(sessions))
     await stop.wait()
     for task in sessions:
         task.cancel()
     await asyncio.gather(*sessions, return_exceptions=True)
-    for telemetry in files:
-        telemetry.stop()
-    await asyncio.gather(*writers, return_exceptions=True)
+    await host.telemetry.close(TELEMETRY_SECONDS)
     log.info("stopped")
 
 

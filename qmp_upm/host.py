@@ -14,8 +14,9 @@ from qmp_upm.errors import UnavailableError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
 from qmp_upm.policy import Batch
 from qmp_upm.protocol import Copy
+from qmp_upm.rotation import CappedDirectory
 from qmp_upm.stats import State, VmView
-from qmp_upm.telemetry import Telemetry
+from qmp_upm.telemetry import TelemetryWriter
 from qmp_upm.vm import Session
 
 __all__ = ["Host", "HostEvent", "HostEventName", "ReloadState", "Setting", "State", "Subscription"]
@@ -50,8 +51,12 @@ class Host:
         self.reload_state = ReloadState(successful=True, time=started)
         self._sessions: dict[str, Session] = {}
         self._events: Publisher[HostEvent] = Publisher()
+        where = config.telemetry
+        self.telemetry = TelemetryWriter(
+            CappedDirectory(where.directory, where.file_size, where.total_size)
+        )
         for name, table in config.vms.items():
-            self._sessions[name] = Session(name, table, Telemetry(config.telemetry.directory, name))
+            self._sessions[name] = Session(name, table, self.telemetry.of(name))
 
     @property
     def sessions(self) -> Iterable[Session]:

@@ -1,146 +1,211 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What happened to each VM, as JSON lines in a file of its own.
+"""What happened to each VM, as JSON lines in files of its own.
 
-Lines are queued and written by a task in blocks, so that a slow disk costs nothing but lines; those
-there is no room for are counted in the next line written.
+Lines are queued by the event loop and written by one thread for all VMs, in blocks. A disk that is
+slow, full or gone costs lines, which are counted, and nothing else: no VM waits for it, memory is
+bounded per VM, and the daemon's end does not depend on it. Nobody wakes up while nothing happens.
 """
 
 import asyncio
 import json
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TextIO
 
-import aiofiles
 import structlog
-from aiofiles.threadpool.binary import AsyncBufferedIOBase
 
-LINES_MOST = 20_000
+from qmp_upm.rotation import CappedDirectory, older_parts
+
+QUEUE_BYTES = 256 << 10
+"""Bytes of a VM's lines that wait for the disk; more are lost."""
 FLUSH_SECONDS = 0.2
+"""How long lines are collected before they are written."""
 
 log = structlog.get_logger()
 
 
 class Telemetry:
-    """The file ``<directory>/<vm>.jsonl``; lines are appended.
+    """The lines of one VM. ``line`` is called in the event loop, ``written`` in the thread.
 
     Every line has ``event``, ``vm``, ``time`` (seconds since 1970) and ``mono_ns``
-    (CLOCK_MONOTONIC).
+    (CLOCK_MONOTONIC). Each counter is changed by one of the two threads only.
     """
 
-    def __init__(self, directory: Path, vm: str) -> None:
-        self.path = directory / f"{vm}.jsonl"
-        self._vm = vm
-        self._lines: deque[str] = deque()
-        self._lost = 0
-        self._failed = False
-        self._stop = asyncio.Event()
+    def __init__(self, writer: "TelemetryWriter", vm: str) -> None:
+        self.vm = vm
+        self.path = writer.files.path(vm)
+        self.dirty = False
+        self._writer = writer
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = self._done_bytes = 0
+        self._refused = self._failed = self._told = 0
+
+    @property
+    def lost_lines(self) -> int:
+        """Lines that there was no room for, or that the disk refused. Never goes back."""
+        return self._refused + self._failed
 
     def line(self, event: str, **fields: object) -> None:
         """Queue one line. Never waits."""
-        if len(self._lines) >= LINES_MOST:
-            self._lost += 1
+        text = self._encode(event, fields)
+        if self._queued_bytes - self._done_bytes + len(text) > QUEUE_BYTES:
+            self._refused += 1
             return
+        self._queued_bytes += len(text)
+        self._queue.append(text)
+        if not self.dirty:
+            self.dirty = True
+            self._writer.mark(self)
+
+    def _encode(self, event: str, fields: dict[str, object]) -> bytes:
         head: dict[str, object] = {
             "event": event,
-            "vm": self._vm,
+            "vm": self.vm,
             "time": time.time(),
             "mono_ns": time.monotonic_ns(),
         }
-        if self._lost:
-            head["lost_lines"], self._lost = self._lost, 0
-        self._lines.append(json.dumps(head | fields))
+        return json.dumps(head | fields).encode() + b"\n"
 
-    async def run(self) -> None:
-        """Write until stopped, then what is left. Never cancel it: a block would be lost."""
-        while not self._stop.is_set():
-            try:
-                async with asyncio.timeout(FLUSH_SECONDS):
-                    await self._stop.wait()
-            except TimeoutError:
-                pass
-            await self.flush()
-        await self.flush()  # what was queued while the last block was being written
-
-    @property
-    def waiting(self) -> int:
-        """Lines that no write has begun with."""
-        return len(self._lines)
-
-    def stop(self) -> None:
-        """Let run() write what is left, and end."""
-        self._stop.set()
-
-    async def flush(self) -> None:
-        """Write what is queued. A failure is logged once; its lines count as lost."""
-        if not self._lines:
-            return
-        block, self._lines = self._lines, deque()
+    def write(self, files: CappedDirectory) -> None:
+        """Write what is queued, after what was lost before it. OSError: it is lost."""
+        self.dirty = False  # first: a line that comes now marks it again
+        taken = [self._queue.popleft() for _ in range(len(self._queue))]
+        lost = self.lost_lines
+        block = b"".join(taken)
+        news: dict[str, object] = {"lost_lines": lost - self._told}
+        said = self._encode("lines-lost", news) if lost > self._told else b""
         try:
-            async with aiofiles.open(self.path, "ab+") as file:
-                await file.write(await _line_end(file) + "\n".join(block).encode() + b"\n")
-            self._failed = False
-        except OSError as error:
-            self._lost += len(block)
-            if not self._failed:
-                log.error(  # noqa: TRY400 - an operator needs no traceback
-                    "telemetry-failed",
-                    vm=self._vm,
-                    file=str(self.path),
-                    error=str(error),
-                    hint="check the directory and the disk; the VM is served all the same",
-                )
-            self._failed = True
+            files.append(self.vm, said + block)
+            self._told = lost
+        except BaseException:
+            self._failed += len(taken)
+            raise
+        finally:
+            self._done_bytes += len(block)
 
 
-async def _line_end(file: AsyncBufferedIOBase) -> bytes:
-    """What ends a line that a killed daemon left torn, so that it spoils no other."""
-    if await file.seek(0, os.SEEK_END) == 0:
-        return b""
-    await file.seek(-1, os.SEEK_END)
-    return b"" if await file.read(1) == b"\n" else b"\n"
+class TelemetryWriter:
+    """The thread that writes. ``files`` says where, and how much at most."""
+
+    def __init__(self, files: CappedDirectory) -> None:
+        self.files = files
+        self._dirty: deque[Telemetry] = deque()
+        self._work = threading.Event()
+        self._stop = threading.Event()
+        self._failing = False
+        # A daemon thread: a disk that hangs must not hold up the end of the process.
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+
+    def of(self, vm: str) -> Telemetry:
+        """What a VM's session writes to."""
+        return Telemetry(self, vm)
+
+    def mark(self, telemetry: Telemetry) -> None:
+        """Have the lines of this VM written soon."""
+        self._dirty.append(telemetry)
+        self._work.set()
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    async def close(self, seconds: float) -> bool:
+        """Write what is left, and end; False if the disk did not take it in that time."""
+        self._stop.set()
+        self._work.set()
+        await asyncio.to_thread(self._thread.join, seconds)
+        if self._thread.is_alive():
+            log.warning(
+                "telemetry-not-written",
+                directory=str(self.files.directory),
+                hint="the disk hangs; what was queued is lost",
+            )
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._work.wait()
+            self._stop.wait(FLUSH_SECONDS)
+            self._work.clear()
+            self.write_queued()
+        self.write_queued()
+
+    def write_queued(self) -> None:
+        """Write what is queued. A failure is logged once, until the disk is well again."""
+        for _ in range(len(self._dirty)):
+            telemetry = self._dirty.popleft()
+            try:
+                telemetry.write(self.files)
+                self._failing = False
+            except OSError as error:
+                if not self._failing:
+                    log.error(  # noqa: TRY400 - an operator needs no traceback
+                        "telemetry-failed",
+                        vm=telemetry.vm,
+                        file=str(telemetry.path),
+                        error=str(error),
+                        hint="check the directory and the disk; the VMs are served all the same",
+                    )
+                self._failing = True
+
+
+_SUMMED: dict[str, tuple[str, ...]] = {
+    "batch": ("conversions", "to_private_bytes", "to_shared_bytes", "deferred_bytes", "dropped"),
+    "discard": ("discarded_bytes", "skipped_bytes"),
+    "lines-lost": ("lost_lines",),
+}
+_COUNTED = {"discard": "discards", "decision": "decisions"}
 
 
 def read_totals(path: Path) -> Mapping[str, int]:
-    """Adds a file up: conversions, bytes and drops of its batches, and discarded bytes.
+    """Adds a VM's telemetry up, over its older parts and the present file.
 
-    A torn last line, as a killed daemon leaves, is not counted.
+    Conversions, bytes and drops of its batches, discarded and skipped bytes, and how many lines
+    were lost. What is torn, as a killed daemon or a full disk leaves it, is not counted; nor is
+    what was deleted to keep the cap. FileNotFoundError if there is neither.
     """
-    totals = dict.fromkeys(
-        (
-            "conversions",
-            "to_private_bytes",
-            "to_shared_bytes",
-            "deferred_bytes",
-            "dropped",
-            "discarded_bytes",
-            "skipped_bytes",
-            "discards",
-            "decisions",
-        ),
-        0,
-    )
-    for text in path.read_text(encoding="utf-8").splitlines():
+    totals = dict.fromkeys([key for keys in _SUMMED.values() for key in keys], 0)
+    totals |= dict.fromkeys(_COUNTED.values(), 0)
+    with ExitStack() as stack:
+        for file in _open_parts(path, stack):
+            for line in _objects(file):
+                event = str(line.get("event"))
+                if event in _COUNTED:
+                    totals[_COUNTED[event]] += 1
+                for key in _SUMMED.get(event, ()):
+                    value = line.get(key)
+                    totals[key] += value if isinstance(value, int) else 0
+    return totals
+
+
+def _open_parts(path: Path, stack: ExitStack) -> list[TextIO]:
+    """The parts, while the daemon may be rotating them: each one once."""
+    files: dict[int, TextIO] = {}
+    for part in _paths(path):
+        with suppress(FileNotFoundError):
+            file = stack.enter_context(part.open(encoding="utf-8", errors="replace"))
+            files[os.fstat(file.fileno()).st_ino] = file
+    if not files:
+        raise FileNotFoundError(path)
+    return list(files.values())
+
+
+def _paths(path: Path) -> Iterator[Path]:
+    yield path  # opened before the others are looked for: as an older part it has the same inode
+    for _, older in older_parts(path):
+        yield older
+
+
+def _objects(file: TextIO) -> Iterator[dict[str, object]]:
+    for text in file:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        keys: tuple[str, ...] = ()
-        if line["event"] == "batch":
-            keys = (
-                "conversions",
-                "to_private_bytes",
-                "to_shared_bytes",
-                "deferred_bytes",
-                "dropped",
-            )
-        elif line["event"] == "discard":
-            keys = ("discarded_bytes", "skipped_bytes")
-            totals["discards"] += 1
-        elif line["event"] == "decision":
-            totals["decisions"] += 1
-        for key in keys:
-            totals[key] += line[key]
-    return totals
+        if isinstance(line, dict):
+            yield line

@@ -14,8 +14,9 @@ from qmp_upm import vm
 from qmp_upm.config import VmTable
 from qmp_upm.policy import Batch, Decision, Policy
 from qmp_upm.protocol import COMMANDS, Copy
+from qmp_upm.rotation import CappedDirectory
 from qmp_upm.stats import State
-from qmp_upm.telemetry import Telemetry
+from qmp_upm.telemetry import Telemetry, TelemetryWriter
 from qmp_upm.vm import Session
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}}}
@@ -119,7 +120,7 @@ async def until(done: Callable[[], bool]) -> None:
 async def running(tmp_path: Path, **table: Any) -> AsyncIterator[tuple[Session, Telemetry]]:
     """A session with that peer."""
     settings = {"socket": str(tmp_path / "sock"), "notify": "1 ms", "lease": "0.1 s"} | table
-    telemetry = Telemetry(tmp_path, "guest")
+    telemetry = TelemetryWriter(CappedDirectory(tmp_path, 1 << 20, 4 << 20)).of("guest")
     session = Session("guest", VmTable.model_validate(settings), telemetry)
     task = asyncio.create_task(session.run())
     yield session, telemetry
@@ -134,7 +135,7 @@ async def test_attaches_and_follows(tmp_path: Path, peer: Peer) -> None:
     async with running(tmp_path) as (session, telemetry):
         await until(lambda: peer.count("x-upm-read") > 2)
         assert session.state is State.ATTACHED
-    await telemetry.flush()
+    telemetry._writer.write_queued()
     assert '"conversions": 1' in telemetry.path.read_text(encoding="utf-8")
 
 
@@ -176,7 +177,7 @@ async def test_refused_discard_is_no_break(tmp_path: Path, peer: Peer) -> None:
     async with running(tmp_path, policy=policy) as (session, telemetry):
         await until(lambda: peer.count("x-upm-stale") > 2)
         assert (session.state, peer.connections) == (State.ATTACHED, 1)
-        await telemetry.flush()
+        telemetry._writer.write_queued()
     assert '"discard-refused"' in telemetry.path.read_text(encoding="utf-8")
 
 
@@ -208,7 +209,7 @@ async def test_raising_policy_falls_back_to_eager(tmp_path: Path, peer: Peer) ->
         session._policy = Raises(None)
         await until(lambda: peer.count("x-upm-configure") == 2)
         assert session.state is State.ATTACHED
-        await telemetry.flush()
+        telemetry._writer.write_queued()
     configured = [arguments for name, arguments in peer.asked if name == "x-upm-configure"]
     assert [c["private"] for c in configured[:2]] == ["defer", "eager"]
     assert "oops" in telemetry.path.read_text(encoding="utf-8")
@@ -251,5 +252,5 @@ async def test_trouble_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(vm.Monitor, "connect", count)
     async with running(tmp_path) as (_, telemetry):
         await until(lambda: attempts > 5)
-    await telemetry.flush()
+    telemetry._writer.write_queued()
     assert telemetry.path.read_text(encoding="utf-8").count('"lost"') == 1
