@@ -4,12 +4,16 @@
 import asyncio
 import signal
 import time
+from contextlib import closing
 
 import structlog
 
 from qmp_upm.config import Config
 from qmp_upm.errors import ConfigError
 from qmp_upm.host import Host
+from qmp_upm.looplag import LoopLag
+from qmp_upm.notify import Notifier, notifier
+from qmp_upm.stats import State
 from qmp_upm.vm import Session
 
 RESTART_SECONDS = 5.0
@@ -29,18 +33,27 @@ async def _supervise(session: Session) -> None:
         await asyncio.sleep(RESTART_SECONDS)
 
 
-async def _serve(config: Config) -> None:
+def _status(host: Host) -> str:
+    states = [session.state for session in host.sessions]
+    return f"{states.count(State.ATTACHED)} of {len(states)} VMs attached"
+
+
+async def _serve(config: Config, manager: Notifier) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     host = Host(config, time.time())
     host.telemetry.start()
     sessions = [asyncio.create_task(_supervise(session)) for session in host.sessions]
+    lag = LoopLag()
+    beating = asyncio.create_task(lag.run(lambda s: manager.beat(s, lambda: _status(host))))
+    manager.ready(_status(host))
     log.info("started", vms=len(sessions))
     await stop.wait()
-    for task in sessions:
+    manager.stopping()
+    for task in (*sessions, beating):
         task.cancel()
-    await asyncio.gather(*sessions, return_exceptions=True)
+    await asyncio.gather(*sessions, beating, return_exceptions=True)
     await host.telemetry.close(TELEMETRY_SECONDS)
     log.info("stopped")
 
@@ -53,4 +66,5 @@ def serve(config: Config) -> None:
         raise ConfigError(
             f"telemetry.directory: {error}", hint="name a directory that this user may write"
         ) from error
-    asyncio.run(_serve(config))
+    with closing(notifier()) as manager:
+        asyncio.run(_serve(config, manager))
