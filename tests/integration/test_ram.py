@@ -5,136 +5,23 @@ Real: QEMU, its memory backends, the guest_memfds, the plugin. The attribute ioc
 """
 
 import asyncio
-import contextlib
 import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qemu.qmp.legacy import QEMUMonitorProtocol
 
-from qmp_upm.plugin import plugin_path
-from tests.lab import build
-from tests.lab.inside import KVM_TYPE, allocated
-
-MIB = 1 << 20
-PAGE = 4096
-GUEST_MEMFD = 234  # KVM_CAP_GUEST_MEMFD
-DEFER = {"private": "defer", "shared": "defer", "budget": 1 << 40}
-
-
-def has_guest_memfd() -> bool:
-    """Whether this host's KVM makes guest_memfds."""
-    try:
-        import fcntl  # noqa: PLC0415
-
-        with Path("/dev/kvm").open("rb+", buffering=0) as kvm:
-            return bool(fcntl.ioctl(kvm, 0xAE03, GUEST_MEMFD))
-    except OSError:
-        return False
-
+from tests.integration.guest import DEFER, MEMFD, MIB, PAGE, Guest, has_guest_memfd
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("qemu-system-x86_64") and has_guest_memfd()),
     reason="needs QEMU, and /dev/kvm with guest_memfd for any VM (Linux 6.18)",
 )
-
-
-class Guest:
-    """A QEMU with the plugin, whose guest's memory converts when told."""
-
-    def __init__(self, folder: Path, *arguments: str, backends: int = 1) -> None:
-        version = subprocess.run(
-            ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
-        ).stdout.split()[3]
-        objects = [
-            build.preload("../integration/convert.c"),
-            build.shim(),
-            plugin_path(),
-            build.preload("../../benchmarks/attributes.c"),
-        ]
-        self.errors = (folder / "stderr").open("w+")
-        self.process = subprocess.Popen(
-            [
-                "qemu-system-x86_64",
-                *("-accel", "kvm", "-nodefaults", "-display", "none", "-S"),
-                *("-monitor", "none", "-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
-                *("-qmp", f"unix:{folder}/second,server=on,wait=off"),
-                *arguments,
-            ],
-            env=dict(
-                os.environ,
-                LD_PRELOAD=":".join(map(str, objects)),
-                LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])],
-                LAB_BACKENDS=str(backends),
-            ),
-            stderr=self.errors,
-        )
-        end = time.monotonic() + 20
-        while not (folder / "second").exists():
-            assert self.process.poll() is None, (folder / "stderr").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        self.monitor = QEMUMonitorProtocol(f"{folder}/qmp")
-        self.monitor.connect(negotiate=True)
-        self.cmd("x-upm-configure", **DEFER)
-
-    def cmd(self, name: str, **arguments: Any) -> Any:
-        """A QMP command's reply."""
-        return self.monitor.cmd(name, **arguments)
-
-    def convert(self, gpa: int, size: int, *, private: bool) -> int:
-        """QEMU's own conversion."""
-        return int(self.cmd("x-test-convert", gpa=gpa, size=size, private=private)["result"])
-
-    def stale(self) -> tuple[int, int]:
-        """Bytes: private, shared."""
-        stale = self.cmd("x-upm-query")["stale"]
-        return stale["private"], stale["shared"]
-
-    def drain(self) -> None:
-        """Until the ledger is empty."""
-        self.cmd("x-upm-configure", private="eager", shared="eager")
-        end = time.monotonic() + 20
-        while any(self.stale()):
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        self.cmd("x-upm-configure", **DEFER)
-
-    def regions(self) -> list[dict[str, Any]]:
-        """As the plugin sees them."""
-        regions: list[dict[str, Any]] = self.cmd("x-upm-query")["regions"]
-        return sorted(regions, key=lambda region: int(region["id"]))
-
-    def shared_file(self, name: str) -> Path:
-        """QEMU's descriptor of this file."""
-        links = Path(f"/proc/{self.process.pid}/fd").iterdir()
-        return next(link for link in links if name in str(link.readlink()))
-
-    def fill(self, name: str, offset: int, size: int) -> None:
-        """Writes to the shared copy, as the guest would."""
-        with self.shared_file(name).open("rb+", buffering=0) as file:
-            file.seek(offset)
-            file.write(b"x" * size)
-
-    def held(self, name: str, offset: int, size: int) -> int:
-        """Bytes of the shared copy that are allocated."""
-        with self.shared_file(name).open("rb") as file:
-            return allocated(file.fileno(), offset, offset + size)
-
-    def close(self) -> None:
-        """Ends QEMU."""
-        with contextlib.suppress(Exception):
-            self.monitor.close()
-        self.process.kill()
-        self.process.wait()
-        self.errors.close()
 
 
 @pytest.fixture
@@ -156,10 +43,6 @@ def guest(tmp_path: Path) -> Iterator[Any]:
         one.close()
     loop.close()
     asyncio.set_event_loop(None)
-
-
-MEMFD = ("-machine", "q35,smm=off,memory-backend=ram", "-m", "256")
-MEMFD += ("-object", "memory-backend-memfd,id=ram,size=256M,share=on")
 
 
 def test_memfd(guest: Any) -> None:
