@@ -1,38 +1,55 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon's configuration: a TOML file, read into models that are its only description."""
+"""The daemon's configuration: models that are its only description.
+
+`qmp_upm.configfile` fills them from TOML files, `qmp-upm config schema` prints them as JSON Schema.
+"""
 
 import re
-import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from qmp_upm.errors import ConfigError
 from qmp_upm.policy import Policy, make_policy
 from qmp_upm.units import Bytes, Seconds
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A VM's name: it also names a file."""
+
+Key = tuple[str, ...]
+"""Where a setting stands: ``("vms", "web", "budget")``."""
+
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class PolicyTable(BaseModel):
-    """``[….policy]``: the policy's name, and beside it the policy's own parameters."""
+    """A policy's name, and beside it the policy's own parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     name: str = "lazy"
+    """One of the installed policies."""
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """What is given beside the name."""
+        return dict(self.__pydantic_extra__ or {})
 
     def make(self) -> Policy:
         """The policy with these parameters; ConfigError if it can't be made."""
-        return make_policy(self.name, dict(self.__pydantic_extra__ or {}))
+        return make_policy(self.name, self.parameters)
 
 
 class TelemetryTable(_Table):
-    """``[telemetry]``: where JSON lines go."""
+    """Where JSON lines go."""
 
     directory: Path
+    """One file for each VM."""
     file_size: Annotated[Bytes, Field(ge=1 << 20)] = 16 << 20
     """A VM's file is begun anew at this size, and the old one kept beside it."""
     total_size: Annotated[Bytes, Field(ge=4 << 20)] = 1 << 30
@@ -40,97 +57,128 @@ class TelemetryTable(_Table):
 
 
 class MetricsTable(_Table):
-    """``[metrics]``: where Prometheus finds ``/metrics``."""
+    """Where Prometheus finds ``/metrics``."""
 
     listen: str = "127.0.0.1:9469"
     """Address and port; empty: nowhere."""
 
 
 class ControlTable(_Table):
-    """``[control]``: the daemon's own QMP socket."""
+    """The daemon's own QMP socket."""
 
     socket: Path = Path("/run/qmp-upm/control.sock")
+    """Its path; only the daemon's user may open it."""
 
 
 class HostTable(_Table):
-    """``[host]``: what concerns all VMs together."""
+    """What concerns all VMs together."""
 
     budget: Bytes | None = None
     """The most stale bytes of all VMs together, divided over them; without it no such limit."""
+    discovery_interval: Seconds = 1.0
+    """How often the globs of ``discovery`` are looked at."""
+    pressure_interval: Seconds = 2.0
+    """How often memory pressure is read; the kernel's averages change every two seconds."""
 
 
-class VmDefaults(_Table):
-    """``[defaults]``: what holds for every VM that doesn't say otherwise."""
+class VmSettings(_Table):
+    """What applies to a VM."""
 
     budget: Bytes = 256 << 20
     """The most stale bytes that the VM may hold."""
+    weight: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Its part of the host's budget, beside the weights of the others."""
     lease: Seconds = 5.0
     """How long the plugin keeps copies without hearing from the daemon."""
     notify: Seconds = 0.02
     """The least time between two doorbells of the plugin."""
     policy: PolicyTable = PolicyTable()
+    """Which stale copies go, and when."""
 
 
-class VmTable(VmDefaults):
-    """``[vms.NAME]``: one VM."""
+SETTINGS = tuple(VmSettings.model_fields)
 
-    socket: Annotated[str, Field(min_length=1, max_length=107)]
+
+class VmTable(VmSettings):
+    """One VM, or several: the keys that it has come before those of ``[defaults]``.
+
+    It is about the VM of its own name; with ``match``, about those whose names match; with
+    ``socket``, it is a VM that is looked for there, and is called by the table's name.
+    """
+
+    socket: Annotated[str, Field(min_length=1, max_length=107)] | None = None
     """Path of a QMP monitor that nobody else uses."""
+    match: Annotated[list[str], Field(min_length=1)] | None = None
+    """Globs for names of VMs, ``web-*``."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.socket is not None and self.match is not None:
+            raise ValueError("'socket' and 'match' in one table: it is about one VM, or about many")
+        return self
+
+    def applies_to(self, own_name: str, vm: str) -> bool:
+        """Whether the VM is one of those that the table, called ``own_name``, is about."""
+        if self.match is not None:
+            return any(fnmatchcase(vm, pattern) for pattern in self.match)
+        return own_name == vm
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Which file and line each key of a configuration is from."""
+
+    main: Path | None = None
+    lines: dict[Key, tuple[Path, int]] = field(default_factory=dict)
+
+    def of(self, key: Key) -> tuple[Path, int] | None:
+        """Of a key, or of the nearest table around it; None if no file says anything of it."""
+        while key and key not in self.lines:
+            key = key[:-1]
+        return self.lines.get(key)
 
 
 class Config(_Table):
-    """The whole file."""
+    """The configuration of ``qmp-upm run``: TOML, and ``*.toml`` in ``<file>.d`` in name order."""
 
     telemetry: TelemetryTable
     metrics: MetricsTable = MetricsTable()
     control: ControlTable = ControlTable()
     host: HostTable = HostTable()
-    defaults: VmDefaults = VmDefaults()
-    vms: Annotated[dict[str, VmTable], Field(min_length=1)]
+    discovery: list[str] = []
+    """Globs for monitors of VMs that may come and go: ``/run/libvirt/qemu/upm/*.monitor``."""
+    defaults: VmSettings = VmSettings()
+    vms: dict[str, VmTable] = {}
+    """Tables for single VMs and for groups of them. Later ones come before earlier ones, and the
+    VM's own before all."""
+    _origins: Origins = PrivateAttr(default_factory=Origins)
 
+    @property
+    def origins(self) -> Origins:
+        """Where each key stands."""
+        return self._origins
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+    @property
+    def static(self) -> dict[str, str]:
+        """Sockets of VMs that the configuration names, by name."""
+        return {name: vm.socket for name, vm in self.vms.items() if vm.socket is not None}
 
+    def sources_of(self, vm: str) -> dict[str, Key]:
+        """For each setting of a VM, the key that gives it, in a VM's table or in ``[defaults]``."""
+        sources: dict[str, Key] = {key: ("defaults", key) for key in SETTINGS}
+        for name in self._tables_for(vm):
+            for key in self.vms[name].model_fields_set & set(SETTINGS):
+                sources[key] = ("vms", name, key)
+        return sources
 
-def load_config(path: Path) -> Config:
-    """The configuration in a file. ConfigError names the file, the key and what to do."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}", hint="give a file with --config"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}", hint="see configs/ for examples") from error
-    defaults, vms = tree.get("defaults", {}), tree.get("vms", {})
-    if isinstance(defaults, dict) and isinstance(vms, dict):
-        tree["vms"] = {
-            name: defaults | vm if isinstance(vm, dict) else vm for name, vm in vms.items()
-        }
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {key}: {first['msg']}", hint=_hint(first["type"])) from error
-    for name, vm in config.vms.items():
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"{path}: vms.{name}: not a usable name",
-                hint="letters, digits, '.', '_' and '-', 64 at most: it names a file",
-            )
-        try:
-            vm.policy.make()
-        except ConfigError as error:
-            raise ConfigError(
-                f"{path}: vms.{name}.policy: {error.message}", hint=error.hint
-            ) from error
-    return config
+    def settings_of(self, vm: str) -> VmSettings:
+        """What applies to the VM of this name."""
+        values = {}
+        for key, (_, *table, _) in self.sources_of(vm).items():
+            values[key] = getattr(self.vms[table[0]] if table else self.defaults, key)
+        return VmSettings.model_construct(**values)
 
-
-def _hint(kind: str) -> str:
-    if kind == "extra_forbidden":
-        return "there is no such key; check its spelling and its table"
-    if kind == "missing":
-        return "add it; see configs/ for examples"
-    return "correct the value"
+    def _tables_for(self, vm: str) -> Iterator[str]:
+        groups = [name for name, table in self.vms.items() if table.match is not None]
+        singles = [name for name, table in self.vms.items() if table.match is None]
+        return (name for name in groups + singles if self.vms[name].applies_to(name, vm))

@@ -15,20 +15,12 @@ from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
 from qmp_upm.policy import Batch
 from qmp_upm.protocol import Copy
 from qmp_upm.rotation import CappedDirectory
+from qmp_upm.settings import Setting, configured
 from qmp_upm.stats import State, VmView
 from qmp_upm.telemetry import TelemetryWriter
 from qmp_upm.vm import Session
 
 __all__ = ["Host", "HostEvent", "HostEventName", "ReloadState", "Setting", "State", "Subscription"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a VM, its value as in JSON, and the file and table or command it is from."""
-
-    key: str
-    value: object
-    source: str
 
 
 @dataclass(frozen=True)
@@ -55,8 +47,9 @@ class Host:
         self.telemetry = TelemetryWriter(
             CappedDirectory(where.directory, where.file_size, where.total_size)
         )
-        for name, table in config.vms.items():
-            self._sessions[name] = Session(name, table, self.telemetry.of(name))
+        for name, socket in config.static.items():
+            settings = config.settings_of(name)
+            self._sessions[name] = Session(name, socket, settings, self.telemetry.of(name))
 
     @property
     def sessions(self) -> Iterable[Session]:
@@ -96,7 +89,7 @@ class Host:
     def config_of(self, name: str) -> list[Setting]:
         """What applies to a VM, and from where."""
         self._session(name)
-        return []
+        return configured(self.config, name)
 
     def subscribe(self) -> Subscription[HostEvent]:
         """The events from now on."""

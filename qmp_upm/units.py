@@ -4,7 +4,7 @@
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _DURATIONS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -15,6 +15,8 @@ NSEC = 1_000_000_000
 
 
 def _parse(value: object, units: dict[str, float] | dict[str, int], example: str) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not understood; write, for example, {example!r}")  # noqa: TRY004 - a TypeError is none of pydantic's
     if not isinstance(value, str):
         return value
     match = _NUMBER.fullmatch(value)
@@ -55,10 +57,26 @@ def format_size(size: int) -> str:
     return f"{value:.1f} TiB"
 
 
-Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0, lt=1 << 63)]
+def _json_schema(kind: str, units: dict[str, float] | dict[str, int]) -> WithJsonSchema:
+    pattern = rf"^\s*\d+(\.\d+)?\s*({'|'.join(unit for unit in units if unit)})?\s*$"
+    return WithJsonSchema(
+        {"anyOf": [{"type": kind, "minimum": 0}, {"type": "string", "pattern": pattern}]},
+        mode="validation",
+    )
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    Field(ge=0, lt=1 << 63),
+    _json_schema("integer", _SIZES),
+]
 """A number of bytes; accepts a text with a unit."""
 
 Seconds = Annotated[
-    float, BeforeValidator(parse_duration), Field(gt=0, le=86400, allow_inf_nan=False)
+    float,
+    BeforeValidator(parse_duration),
+    Field(gt=0, le=86400, allow_inf_nan=False),
+    _json_schema("number", _DURATIONS),
 ]
 """A duration in seconds, more than none and a day at most; accepts a text with a unit."""

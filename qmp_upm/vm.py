@@ -8,7 +8,7 @@ import time
 import structlog
 
 from qmp_upm.backends import KvmAttributes, Settings
-from qmp_upm.config import VmTable
+from qmp_upm.config import VmSettings
 from qmp_upm.errors import MessageError, PeerError, PluginMissingError, PolicyError
 from qmp_upm.events import Publisher
 from qmp_upm.exits import PluginExits
@@ -32,11 +32,12 @@ log = structlog.get_logger()
 class Session:
     """Serves one VM until cancelled. One task runs it; nothing else touches its state."""
 
-    def __init__(self, name: str, table: VmTable, telemetry: Telemetry) -> None:
+    def __init__(self, name: str, socket: str, table: VmSettings, telemetry: Telemetry) -> None:
         self.name = name
         self.state = State.CONNECTING
         self.stats = VmStats()
         self.batches: Publisher[Batch] = Publisher()
+        self._socket = socket
         self._table = table
         self._since = time.time()
         self._trouble_now: Trouble | None = None
@@ -56,7 +57,7 @@ class Session:
         return VmView(
             name=self.name,
             uuid=None,
-            socket=self._table.socket,
+            socket=self._socket,
             state=self.state,
             since=self._since,
             trouble=self._trouble_now,
@@ -64,7 +65,7 @@ class Session:
             plugin_version=plugin,
             vm_kind=kind,
             policy=self._table.policy.name,
-            parameters=dict(self._table.policy.__pydantic_extra__ or {}),
+            parameters=self._table.policy.parameters,
             fallen_back="it raised" if self._failed else None,
             budget_bytes=self._table.budget,
             stale_bytes={copy: self._ledger.stale(copy).bytes for copy in Copy},
@@ -76,7 +77,7 @@ class Session:
         pause = BACKOFF_FIRST
         while True:
             begun_s = time.monotonic()
-            monitor = Monitor(self._table.socket)
+            monitor = Monitor(self._socket)
             try:
                 self._to(State.CONNECTING)
                 await monitor.connect()

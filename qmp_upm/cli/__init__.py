@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import qmp_upm
-from qmp_upm.cli import plugin, run
+from qmp_upm.cli import config, plugin, run
 from qmp_upm.errors import ConfigError, QmpUpmError
 
 EXIT_CONFIG = 78
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.add_typer(plugin.app, name="plugin")
+app.add_typer(config.app, name="config")
 
 
 def _show_version(wanted: bool) -> None:

@@ -12,7 +12,7 @@ def run(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve the VMs of a configuration until SIGTERM."""
-    from qmp_upm.config import load_config  # noqa: PLC0415 - 'plugin path' needs none of this
+    from qmp_upm.configfile import load_config  # noqa: PLC0415 - 'plugin path' needs none of this
     from qmp_upm.daemon import serve  # noqa: PLC0415
     from qmp_upm.logs import configure_logs  # noqa: PLC0415
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qmp_upm import vm
-from qmp_upm.config import VmTable
+from qmp_upm.config import VmSettings
 from qmp_upm.policy import Batch, Decision, Policy
 from qmp_upm.protocol import COMMANDS, Copy
 from qmp_upm.rotation import CappedDirectory
@@ -119,9 +119,11 @@ async def until(done: Callable[[], bool]) -> None:
 @contextlib.asynccontextmanager
 async def running(tmp_path: Path, **table: Any) -> AsyncIterator[tuple[Session, Telemetry]]:
     """A session with that peer."""
-    settings = {"socket": str(tmp_path / "sock"), "notify": "1 ms", "lease": "0.1 s"} | table
+    settings = {"notify": "1 ms", "lease": "0.1 s"} | table
     telemetry = TelemetryWriter(CappedDirectory(tmp_path, 1 << 20, 4 << 20)).of("guest")
-    session = Session("guest", VmTable.model_validate(settings), telemetry)
+    session = Session(
+        "guest", str(tmp_path / "sock"), VmSettings.model_validate(settings), telemetry
+    )
     task = asyncio.create_task(session.run())
     yield session, telemetry
     assert not task.done()
