@@ -1,27 +1,52 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon's mirror of the plugin's ledger, with the age of each stale copy.
 
-Invariants: a page is stale in one copy at most; each stale page is in exactly one cohort of its
-copy; cohorts are in order of time. The mirror may hold a page that the plugin has discarded since
-(it was asked to, and the page was stale again in a record that was read later): discarding it once
-more is harmless. It never misses one for longer than a resynchronisation takes.
+Ages are layers, one for each batch, each with the pages that it converted in either direction: a
+page is as old as the newest layer that has it, and older layers are never searched for it nor
+cleaned of it. Neighbours are joined so that there are few; what is joined counts as the older of
+the two. So that this errs little, those are joined whose times differ least for their age: no age
+is overstated by more than a third on a guest that is watched for less than a day.
+
+Invariants: a page is stale in one copy at most; each stale page is in a layer; layers are in order
+of time. The mirror may hold a page that the plugin has discarded since (it was asked to, and the
+page was stale again in a record that was read later): discarding it once more is harmless. It never
+misses one for longer than a resynchronisation takes.
 """
 
+import heapq
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from qmp_upm.pages import PageSet, Range
-from qmp_upm.protocol import Copy
-from qmp_upm.records import Record, Records
+import numpy as np
 
-COHORTS_MOST = 64
-"""Ages told apart for a copy. Past it, neighbours are joined, and count as the older of them."""
+from qmp_upm.digest import Digest, Returns, digest, make_returns, no_sets
+from qmp_upm.pages import PageSet, Runs
+from qmp_upm.protocol import Copy
+from qmp_upm.records import Records
+
+LAYERS_MOST = 64
+LAYERS_JOINED = 48
+"""Past LAYERS_MOST, layers are joined until there are so many."""
+JOIN_ALWAYS_NS = 1_000_000
+"""Times that differ by less count as one: conversions come in batches no shorter than this."""
+SAMPLED_RUNS = 512
+"""Of the runs that may have flipped back in a batch, about as many are looked up in the layers."""
 
 
 @dataclass
-class _Cohort:
-    """Copies that became stale at about the same time."""
+class _Layer:
+    """Pages whose conversion, at about this time, made one copy or the other live."""
 
     time_ns: int
+    live: dict[Copy, PageSet]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Copies that became stale at about the same time, and still are."""
+
+    since_ns: int
+    copy: Copy
     pages: PageSet
 
 
@@ -38,8 +63,11 @@ class Ledger:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._stale = {copy: PageSet() for copy in Copy}
-        self._cohorts: dict[Copy, list[_Cohort]] = {copy: [] for copy in Copy}
+        self._stale = no_sets()
+        self._layers: list[_Layer] = []
+        self._front: dict[Copy, Cohort | None] = dict.fromkeys(Copy)
+        self._last = Digest()
+        self._kept = no_sets()
 
     @property
     def stale_bytes(self) -> int:
@@ -50,94 +78,168 @@ class Ledger:
         """A set of its own with the stale pages of one copy."""
         return self._stale[copy].copy()
 
+    def entered(self, copy: Copy) -> PageSet:
+        """A set of its own with the pages of this copy that the last batch left stale."""
+        return self._last.entered[copy].copy()
+
     def oldest_ns(self, copy: Copy) -> int | None:
         """When the oldest copy that is still stale became so; None if there is none."""
-        self._drop_empty(copy)
-        return self._cohorts[copy][0].time_ns if self._cohorts[copy] else None
+        front = self._front[copy]
+        if front is None or not front.pages:
+            front = self._front[copy] = self._oldest_cohort(copy)
+        return None if front is None else front.since_ns
 
-    def older_than(self, copy: Copy, time_ns: int) -> PageSet:
-        """Pages that have been stale since ``time_ns`` or longer."""
-        old = PageSet()
-        for cohort in self._cohorts[copy]:
-            if cohort.time_ns <= time_ns:
-                old |= cohort.pages
-        return old & self._stale[copy]
+    def older_than(self, copy: Copy, time_ns: int, within: PageSet | None = None) -> PageSet:
+        """Pages that have been stale since ``time_ns`` or longer, of all or of those ``within``."""
+        oldest_ns = self.oldest_ns(copy)
+        if oldest_ns is None or oldest_ns > time_ns:
+            return PageSet()
+        pages = self.stale(copy) if within is None else within & self._stale[copy]
+        for layer in reversed(self._layers):
+            if layer.time_ns <= time_ns or not pages:
+                break
+            pages -= layer.live[copy.other]
+        return pages
+
+    def cohorts(self, copy: Copy) -> list[Cohort]:
+        """All stale pages of a copy by age, the oldest first; LAYERS_MOST cohorts at most."""
+        left, cohorts = self.stale(copy), []
+        for layer in reversed(self._layers):
+            pages = layer.live[copy.other] & left
+            if pages:
+                left -= pages
+                cohorts.append(Cohort(layer.time_ns, copy, pages))
+        return cohorts[::-1]
 
     def oldest(self, size: int) -> dict[Copy, PageSet]:
         """The oldest stale pages of both copies, ``size`` bytes rounded up to a page, or all."""
-        chosen = {copy: PageSet() for copy in Copy}
-        queue = sorted(
-            (
-                (cohort.time_ns, copy, cohort.pages)
-                for copy in Copy
-                for cohort in self._cohorts[copy]
-            ),
-            key=lambda entry: entry[:2],
-        )
-        for _, copy, pages in queue:
+        chosen = no_sets()
+        for cohort in heapq.merge(*map(self.cohorts, Copy), key=lambda c: c.since_ns):
             if size <= 0:
                 break
-            part = (pages & self._stale[copy]).first(size)
+            part = cohort.pages.first(size)
             size -= part.bytes
-            chosen[copy] |= part
+            chosen[cohort.copy] |= part
         return {copy: pages for copy, pages in chosen.items() if pages}
+
+    def returns(self) -> Returns:
+        """The flips of the last batch: runs that came back, and how long they had been away.
+
+        Also those whose old copy had been discarded. Of very many, a sample with its weight.
+        """
+        parts = [self._last.returns]
+        for copy in Copy:
+            for pages, weight, kept in self._came_back(copy):
+                parts += self._looked_up(copy, pages, weight, kept)
+        return np.concatenate(parts)
+
+    def _looked_up(
+        self, copy: Copy, pages: PageSet, weight: float, kept: bool
+    ) -> Iterator[Returns]:
+        """Rows for those of ``pages`` that an earlier batch had made live in the other copy."""
+        for layer in reversed(self._layers[:-1]):
+            pages.subtract(layer.live[copy])
+            if not pages:
+                break
+            found = pages & layer.live[copy.other]
+            if found:
+                pages.subtract(found)
+                away_ns = max(0, self._layers[-1].time_ns - layer.time_ns)
+                rows = make_returns(found.runs(), away_ns, kept)
+                rows["weight"] = weight
+                yield rows
 
     def apply(self, records: Records, now_ns: int) -> Applied:
         """Follow conversions, in their order."""
-        entered = {copy: PageSet() for copy in Copy}
-        deferred = reused = 0
-        for record in map(Record._make, records.tolist()):
-            live = Copy.PRIVATE if record.private else Copy.SHARED
-            pages = Range(record.region, record.offset, record.size)
-            reused += self._stale[live].remove(pages)
-            entered[live].remove(pages)
-            if record.deferred:
-                self._stale[live.other].add(pages)
-                entered[live.other].add(pages)
-                deferred += record.size
-            else:
-                self._stale[live.other].remove(pages)
-                entered[live.other].remove(pages)
-        for copy, new in entered.items():
-            self._enter(copy, new, now_ns)
-        return Applied(deferred, reused)
+        if not len(records):
+            self._last, self._kept = Digest(), no_sets()
+            return Applied(0, 0)
+        change = digest(records)
+        kept = {copy: change.first[copy] & self._stale[copy] for copy in Copy}
+        for copy in Copy:
+            front = self._front[copy]
+            for converted in change.last.values():
+                self._stale[copy] -= converted
+                if front is not None:
+                    front.pages.subtract(converted)
+            self._stale[copy] |= change.entered[copy]
+        self._push(now_ns, change.last)
+        self._last, self._kept = change, kept
+        reused = change.reused_bytes + sum(pages.bytes for pages in kept.values())
+        return Applied(change.deferred_bytes, reused)
 
     def remove(self, copy: Copy, pages: PageSet) -> None:
         """Take pages out: their discard has been asked for."""
         self._stale[copy] -= pages
-        for cohort in self._cohorts[copy]:
-            cohort.pages -= pages
-        self._drop_empty(copy)
+        front = self._front[copy]
+        if front is not None:
+            front.pages.subtract(pages)
 
     def replace(self, stale: dict[Copy, PageSet], now_ns: int) -> None:
         """Begin again with what the plugin says is stale. Known ages are kept, others are now."""
+        fresh = {copy: stale[copy].copy() for copy in Copy}
         for copy in Copy:
-            fresh = stale[copy].copy()
-            for cohort in self._cohorts[copy]:
-                cohort.pages = cohort.pages & self._stale[copy] & stale[copy]
-                fresh -= cohort.pages
+            fresh[copy] -= self._stale[copy]
             self._stale[copy] = stale[copy].copy()
-            self._enter(copy, fresh, now_ns)
+        self._push(now_ns, {copy: fresh[copy.other] for copy in Copy})
+        self._front = dict.fromkeys(Copy)
+        self._last, self._kept = Digest(), no_sets()
 
-    def _enter(self, copy: Copy, new: PageSet, now_ns: int) -> None:
-        if not new:
-            return
-        cohorts = self._cohorts[copy]
-        for cohort in cohorts:
-            cohort.pages -= new
-        cohorts.append(_Cohort(now_ns, new))
-        if len(cohorts) > COHORTS_MOST:
-            self._drop_empty(copy)
-        if len(cohorts) > COHORTS_MOST:
-            self._join_neighbours(copy)
+    def forget_regions_but(self, known: Collection[int]) -> None:
+        """Forget what is known of regions that are gone, such as those before a guest's reset."""
+        gone = [region for region in self._regions() if region not in known]
+        for pages in self._sets():
+            pages.drop_regions(gone)
 
-    def _join_neighbours(self, copy: Copy) -> None:
-        """Join the two neighbours that are closest in time."""
-        cohorts = self._cohorts[copy]
-        at = min(range(len(cohorts) - 1), key=lambda i: cohorts[i + 1].time_ns - cohorts[i].time_ns)
-        cohorts[at].pages |= cohorts.pop(at + 1).pages
+    def _sets(self) -> Iterator[PageSet]:
+        yield from self._stale.values()
+        for layer in self._layers:
+            yield from layer.live.values()
+        for front in self._front.values():
+            if front is not None:
+                yield front.pages
 
-    def _drop_empty(self, copy: Copy) -> None:
-        for cohort in self._cohorts[copy]:
-            cohort.pages = cohort.pages & self._stale[copy]
-        self._cohorts[copy] = [cohort for cohort in self._cohorts[copy] if cohort.pages]
+    def _regions(self) -> set[int]:
+        return {region for pages in self._sets() for region in pages.regions}
+
+    def _oldest_cohort(self, copy: Copy) -> Cohort | None:
+        if not self._stale[copy]:
+            return None
+        for at, layer in enumerate(self._layers):
+            pages = layer.live[copy.other] & self._stale[copy]
+            for newer in self._layers[at + 1 :]:
+                if not pages:
+                    break
+                pages -= newer.live[copy.other]
+            if pages:
+                return Cohort(layer.time_ns, copy, pages)
+        return None
+
+    def _came_back(self, copy: Copy) -> Iterator[tuple[PageSet, float, bool]]:
+        """Pages that the last batch found where ``copy`` was kept, or not; and their weight."""
+        gone = self._last.first[copy].copy()
+        gone -= self._kept[copy]
+        for pages, kept in ((self._kept[copy], True), (gone, False)):
+            runs = pages.runs()
+            step = -(-len(runs.region) // SAMPLED_RUNS) or 1
+            yield PageSet.of_runs(Runs(*(column[::step] for column in runs))), float(step), kept
+
+    def _push(self, now_ns: int, live: dict[Copy, PageSet]) -> None:
+        if len(self._layers) > LAYERS_MOST:
+            self._join(now_ns)
+        self._layers.append(_Layer(now_ns, live))
+
+    def _join(self, now_ns: int) -> None:
+        """Join neighbours, those first whose times differ least for their age."""
+        layers = self._layers
+        while len(layers) > LAYERS_JOINED:
+            times = [layer.time_ns for layer in layers]
+            at = min(
+                range(len(layers) - 1),
+                key=lambda i: (times[i + 1] - times[i]) / (now_ns - times[i + 1] + JOIN_ALWAYS_NS),
+            )
+            newer, older = layers.pop(at + 1), layers[at]
+            for copy in Copy:
+                older.live[copy] = older.live[copy].copy()
+                older.live[copy] -= newer.live[copy.other]
+                older.live[copy] |= newer.live[copy]

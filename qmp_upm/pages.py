@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sets of page frames, by region. Backed by compressed bitmaps; no operation walks single pages."""
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pyroaring import BitMap
 
 PAGE_BYTES = 4096
+LONG_PAGES = 64
+"""From here on a run goes into a bitmap as a range; shorter ones go page by page, all at once."""
+
+Ints = NDArray[np.int64]
 
 
 class Range(NamedTuple):
@@ -17,19 +24,42 @@ class Range(NamedTuple):
     size: int
 
 
-def _runs(pages: BitMap) -> Iterator[tuple[int, int]]:
+class Runs(NamedTuple):
+    """Runs of pages in bulk: arrays of one length, of region numbers, first pages and pages."""
+
+    region: Ints
+    first: Ints
+    pages: Ints
+
+
+def _from_runs(first: Ints, pages: Ints) -> BitMap:
+    """A bitmap of runs in any order; they may overlap."""
+    long = pages >= LONG_PAGES
+    short_first, short_pages = first[~long], pages[~long]
+    ends = np.cumsum(short_pages)
+    total = int(ends[-1]) if len(ends) else 0
+    numbers = np.repeat(short_first - ends + short_pages, short_pages) + np.arange(total)
+    # An array of this type is what pyroaring takes in one call.
+    flat = array("I")
+    flat.frombytes(numbers.astype(np.uint32).tobytes())
+    bitmap = BitMap(flat)
+    for start, count in zip(first[long].tolist(), pages[long].tolist(), strict=True):
+        bitmap.add_range(start, start + count)
+    return bitmap
+
+
+def _to_runs(bitmap: BitMap) -> tuple[Ints, Ints]:
     """First page and number of pages of each run, from the bits that have no neighbour."""
-    firsts = pages - pages.shift(1)
-    lasts = pages - (pages.shift(-1))
-    for first, last in zip(firsts, lasts, strict=True):
-        yield first, last - first + 1
+    firsts = np.frombuffer((bitmap - bitmap.shift(1)).to_array(), dtype=np.uint32)
+    lasts = np.frombuffer((bitmap - bitmap.shift(-1)).to_array(), dtype=np.uint32)
+    return firsts.astype(np.int64), lasts.astype(np.int64) - firsts + 1
 
 
 class PageSet:
     """A mutable set of pages of several regions."""
 
-    def __init__(self, regions: dict[int, BitMap] | None = None) -> None:
-        self._regions = {} if regions is None else regions
+    def __init__(self, regions: Mapping[int, BitMap] | None = None) -> None:
+        self._regions = {} if regions is None else dict(regions)
 
     @classmethod
     def of(cls, *ranges: Range) -> Self:
@@ -38,6 +68,20 @@ class PageSet:
         for r in ranges:
             pages.add(r)
         return pages
+
+    @classmethod
+    def of_runs(cls, runs: Runs) -> Self:
+        """The pages of these runs, which may overlap and come in any order."""
+        if not len(runs.region):
+            return cls()
+        region = int(runs.region[0])
+        if (runs.region == region).all():
+            return cls({region: _from_runs(runs.first, runs.pages)})
+        parts = {}
+        for region in np.unique(runs.region).tolist():
+            own = runs.region == region
+            parts[region] = _from_runs(runs.first[own], runs.pages[own])
+        return cls(parts)
 
     def add(self, r: Range) -> None:
         """Put a range in."""
@@ -61,11 +105,40 @@ class PageSet:
         """Bytes of all pages in the set."""
         return sum(len(pages) for pages in self._regions.values()) * PAGE_BYTES
 
+    @property
+    def regions(self) -> list[int]:
+        """Numbers of the regions that it has, or had, pages of."""
+        return list(self._regions)
+
+    def drop_regions(self, regions: Iterable[int]) -> None:
+        """Take all pages of these regions out."""
+        for region in regions:
+            self._regions.pop(region, None)
+
+    def common_bytes(self, other: "PageSet") -> int:
+        """Bytes of the pages that are in both sets."""
+        mine, theirs = self._regions, other._regions  # noqa: SLF001 - of its own kind
+        return PAGE_BYTES * sum(
+            mine[region].intersection_cardinality(theirs[region])
+            for region in mine.keys() & theirs.keys()
+        )
+
+    def runs(self) -> Runs:
+        """The set as merged runs, in order of region and first page."""
+        parts = [(region, *_to_runs(self._regions[region])) for region in sorted(self._regions)]
+        if not parts:
+            return Runs(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+        return Runs(
+            np.repeat([region for region, _, _ in parts], [len(first) for _, first, _ in parts]),
+            np.concatenate([first for _, first, _ in parts]),
+            np.concatenate([pages for _, _, pages in parts]),
+        )
+
     def ranges(self) -> Iterator[Range]:
         """The set as runs, merged, in order of region and offset."""
-        for region in sorted(self._regions):
-            for first, count in _runs(self._regions[region]):
-                yield Range(region, first * PAGE_BYTES, count * PAGE_BYTES)
+        runs = self.runs()
+        columns = (runs.region, runs.first * PAGE_BYTES, runs.pages * PAGE_BYTES)
+        return (Range(*row) for row in zip(*(c.tolist() for c in columns), strict=True))
 
     def first(self, size: int) -> "PageSet":
         """The first pages of the set, ``size`` bytes rounded up to a page, or all of it."""
@@ -92,10 +165,14 @@ class PageSet:
         return self
 
     def __isub__(self, other: "PageSet") -> Self:
-        for region, pages in other._regions.items():
+        self.subtract(other)
+        return self
+
+    def subtract(self, other: "PageSet") -> None:
+        """Take the pages of another set out."""
+        for region, pages in other._regions.items():  # noqa: SLF001 - of its own kind
             if region in self._regions:
                 self._regions[region] -= pages
-        return self
 
     def __and__(self, other: "PageSet") -> "PageSet":
         mine, theirs = self._regions, other._regions
@@ -105,7 +182,10 @@ class PageSet:
         return any(self._regions.values())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PageSet) and list(self.ranges()) == list(other.ranges())
+        if not isinstance(other, PageSet):
+            return NotImplemented
+        mine, theirs = self._regions, other._regions
+        return {r: p for r, p in mine.items() if p} == {r: p for r, p in theirs.items() if p}
 
     __hash__ = None  # type: ignore[assignment] # mutable
 

@@ -166,6 +166,7 @@ class Session:
     async def _resync(self, exits: PluginExits) -> None:
         query: Query = await exits.query()
         self._ledger.replace(await exits.read_stale(query), time.monotonic_ns())
+        self._ledger.forget_regions_but({region.id for region in query.regions})
         self._telemetry.line("resync", stale_bytes=self._ledger.stale_bytes)
 
     async def _serve(self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes) -> None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The mirror of the plugin's ledger, and the policies on it."""
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmp_upm.digest import digest
 from qmp_upm.errors import ConfigError
-from qmp_upm.ledger import Ledger
+from qmp_upm.ledger import LAYERS_MOST, Ledger
 from qmp_upm.pages import PAGE_BYTES, PageSet, Range
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, make_policy
 from qmp_upm.protocol import Copy
@@ -16,45 +18,152 @@ from qmp_upm.records import Record, make_records
 from qmp_upm.units import NSEC
 
 conversions = st.lists(
-    st.tuples(st.integers(0, 60), st.integers(1, 20), st.booleans(), st.booleans()), max_size=40
+    st.tuples(
+        st.integers(0, 60),
+        st.integers(1, 20) | st.just(300),
+        st.booleans(),
+        st.booleans(),
+        st.integers(1, 2),
+    ),
+    max_size=60,
 )
+REGION_PAGES = 1000
+"""Tells the regions apart where page numbers are in one set."""
+Step = tuple[int, int, bool, bool, int]
 
 
-def record(first: int, pages: int, private: bool, deferred: bool) -> Record:
-    """A conversion in region 1."""
-    return Record(1, first * PAGE_BYTES, pages * PAGE_BYTES, int(private), int(deferred), 0, 1)
+def record(first: int, pages: int, private: bool, deferred: bool, region: int = 1) -> Record:
+    """A conversion."""
+    size = pages * PAGE_BYTES
+    return Record(region, first * PAGE_BYTES, size, int(private), int(deferred), 0, 1)
 
 
 def page_numbers(pages: PageSet) -> set[int]:
-    """The pages one by one."""
+    """The pages one by one, of whichever region."""
     return {
-        page
+        page + (r.region - 1) * REGION_PAGES
         for r in pages.ranges()
         for page in range(r.offset // PAGE_BYTES, (r.offset + r.size) // PAGE_BYTES)
     }
 
 
-@given(conversions, st.integers(1, 7))
-def test_mirror_follows_conversions(steps: list[tuple[int, int, bool, bool]], size: int) -> None:
-    """In batches of any size it is what a set of pages would be, and each page has an age."""
-    ledger, model = Ledger(1 << 30), {copy: set[int]() for copy in Copy}
-    records = [record(*step) for step in steps]
-    for start in range(0, len(records), size):
-        ledger.apply(make_records(records[start : start + size]), start)
-    for first, pages, private, deferred in steps:
+class Model:
+    """A guest page by page: for each page its live copy, whether the other is stale, and when."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, tuple[Copy, bool, int]] = {}
+        self.deferred = self.reused = 0
+        self.returns: Counter[tuple[int, int, bool]] = Counter()
+
+    def convert(self, step: Step, now: int, counted: bool) -> None:
+        """One conversion, as the plugin does it."""
+        first, pages, private, deferred, region = step
         live = Copy.PRIVATE if private else Copy.SHARED
-        span = set(range(first, first + pages))
-        model[live] -= span
-        model[live.other] = model[live.other] | span if deferred else model[live.other] - span
-    for copy in Copy:
-        assert page_numbers(ledger.stale(copy)) == model[copy]
-        assert page_numbers(ledger.older_than(copy, 1000)) == model[copy]
+        for page in range(first, first + pages):
+            number = page + (region - 1) * REGION_PAGES
+            was, stale, since = self.pages.get(number, (live, False, now))
+            if was is not live:
+                self.reused += stale
+                if counted:
+                    self.returns[number, now - since, stale] += 1
+            self.deferred += deferred
+            self.pages[number] = (live, deferred, now)
+
+    def stale(self, copy: Copy, since: int) -> set[int]:
+        """Pages whose ``copy`` has been stale since then or longer."""
+        return {
+            page
+            for page, (live, stale, time) in self.pages.items()
+            if stale and live is copy.other and time <= since
+        }
+
+
+@settings(max_examples=300)
+@given(conversions, st.integers(1, 9))
+def test_mirror_follows_conversions(steps: list[Step], size: int) -> None:
+    """In batches of any size it is what a page by page walk makes, to the byte and to the age."""
+    ledger, model, returns = Ledger(1 << 30), Model(), Counter[tuple[int, int, bool]]()
+    for now, start in enumerate(range(0, len(steps), size)):
+        part = steps[start : start + size]
+        before = model.deferred, model.reused
+        for step in part:
+            model.convert(step, now, counted=True)
+        applied = ledger.apply(make_records(record(*step) for step in part), now)
+        assert applied.deferred_bytes == (model.deferred - before[0]) * PAGE_BYTES
+        assert applied.reused_bytes == (model.reused - before[1]) * PAGE_BYTES
+        for row in ledger.returns():
+            base = int(row["first"]) + (int(row["region"]) - 1) * REGION_PAGES
+            for page in range(base, base + int(row["pages"])):
+                returns[page, int(row["away_ns"]), bool(row["kept"])] += 1
+        for copy in Copy:
+            assert page_numbers(ledger.stale(copy)) == model.stale(copy, now)
+            for since in range(now + 1):
+                assert page_numbers(ledger.older_than(copy, since)) == model.stale(copy, since)
+            ages = {
+                page: c.since_ns for c in ledger.cohorts(copy) for page in page_numbers(c.pages)
+            }
+            assert ages == {page: model.pages[page][2] for page in model.stale(copy, now)}
+            assert ledger.oldest_ns(copy) == min(ages.values(), default=None)
+    assert returns == model.returns
+
+
+@given(conversions, st.data())
+def test_digests_follow_each_other(steps: list[Step], data: st.DataObject) -> None:
+    """A batch that is digested in two pieces comes to the same as in one."""
+    at = data.draw(st.integers(0, len(steps)))
+    records = make_records(record(*step) for step in steps)
+    whole, pieces = digest(records), digest(records[:at]).then(digest(records[at:]))
+    assert (whole.first, whole.last, whole.entered) == (pieces.first, pieces.last, pieces.entered)
+    assert (whole.deferred_bytes, whole.reused_bytes) == (
+        pieces.deferred_bytes,
+        pieces.reused_bytes,
+    )
+    assert whole.returns["pages"].sum() == pieces.returns["pages"].sum()
+
+
+@given(conversions)
+def test_overlap_is_cut_in_pieces(steps: list[Step]) -> None:
+    """A batch of many overlaps is worked off in halves, and comes to the same."""
+    records = make_records(record(*step) for step in steps)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = digest(records)
+        patch.setattr("qmp_upm.digest.OVERLAP_MOST", 1)
+        halves = digest(records)
+    assert (whole.first, whole.last, whole.entered) == (halves.first, halves.last, halves.entered)
+    assert whole.reused_bytes == halves.reused_bytes
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(0, 500)), min_size=200, max_size=300))
+def test_joined_ages_err_little(steps: list[tuple[int, int]]) -> None:
+    """Many batches make few layers, and no page counts as younger, or much older, than it is."""
+    ledger, times, now = Ledger(1 << 40), dict[int, int](), 0
+    for wait_ms, page in steps:
+        now += wait_ms * 1_000_000
+        ledger.apply(make_records([record(page, 1, private=True, deferred=True)]), now)
+        times[page] = now
+    cohorts = ledger.cohorts(Copy.SHARED)
+    assert len(cohorts) <= LAYERS_MOST + 1
+    for cohort in cohorts:
+        for page in page_numbers(cohort.pages):
+            assert 0 <= times[page] - cohort.since_ns <= (now - times[page]) / 3 + 1_000_000
+
+
+def test_gone_regions_are_forgotten() -> None:
+    """After a reset of the guest nothing of the old regions is left; others stay."""
+    ledger = Ledger(1 << 30)
+    for region in (1, 2):
+        ledger.apply(make_records([record(0, 3, private=True, deferred=True, region=region)]), 5)
+    assert ledger.oldest_ns(Copy.SHARED) == 5
+    ledger.forget_regions_but({2})
+    assert page_numbers(ledger.older_than(Copy.SHARED, 9)) == {1000, 1001, 1002}
+    assert ledger.stale_bytes == 3 * PAGE_BYTES
+    assert ledger._regions() == {2}
 
 
 @given(st.sets(st.integers(0, 200)))
 def test_page_set_gives_merged_runs(pages: set[int]) -> None:
     """Runs are disjoint, in order, not adjacent, and cover the set."""
-    made = PageSet.of(*(Range(3, page * PAGE_BYTES, PAGE_BYTES) for page in pages))
+    made = PageSet.of(*(Range(1, page * PAGE_BYTES, PAGE_BYTES) for page in pages))
     ranges = list(made.ranges())
     assert page_numbers(made) == pages
     assert all(a.offset + a.size < b.offset for a, b in pairwise(ranges))
