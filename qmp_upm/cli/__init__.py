@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import qmp_upm
-from qmp_upm.cli import config, plugin, run
+from qmp_upm.cli import config, doctor, plugin, run
 from qmp_upm.errors import ConfigError, QmpUpmError
 
 EXIT_CONFIG = 78
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.run)
+app.command("doctor")(doctor.doctor)
 app.add_typer(plugin.app, name="plugin")
 app.add_typer(config.app, name="config")
 
