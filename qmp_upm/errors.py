@@ -8,6 +8,8 @@
     ├── PolicyError             a policy failed, or decided what can't be done
     ├── TraceError              a recorded trace can't be read or written
     ├── InstallError            a part of qmp-upm itself is not where it should be
+    ├── ControlError            the control socket can't be used, or the daemon refused a command
+    │   └── UnknownCommandError the daemon has no such command, or not at this moment
     ├── UnknownVmError          no VM of this name is looked after
     ├── UnavailableError        the VM is there, but can't do this at the moment
     └── PeerError               QEMU is not what it should be; the VM is tried again
@@ -43,6 +45,14 @@ class TraceError(QmpUpmError):
 
 class InstallError(QmpUpmError):
     """A file that belongs to the installation is missing."""
+
+
+class ControlError(QmpUpmError):
+    """The control socket can't be reached or made, or the daemon refused a command."""
+
+
+class UnknownCommandError(ControlError):
+    """A client named a command that there is not, or not before negotiation."""
 
 
 class UnknownVmError(QmpUpmError):
