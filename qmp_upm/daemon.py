@@ -9,6 +9,7 @@ from contextlib import closing
 import structlog
 
 from qmp_upm.config import Config
+from qmp_upm.control import ControlServer
 from qmp_upm.errors import ConfigError
 from qmp_upm.host import Host
 from qmp_upm.looplag import LoopLag
@@ -43,6 +44,8 @@ async def _serve(config: Config, manager: Notifier) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     host = Host(config, time.time())
+    control = ControlServer(config.control.socket, host)
+    await control.start()
     host.telemetry.start()
     sessions = [asyncio.create_task(_supervise(session)) for session in host.sessions]
     lag = LoopLag()
@@ -51,6 +54,7 @@ async def _serve(config: Config, manager: Notifier) -> None:
     log.info("started", vms=len(sessions))
     await stop.wait()
     manager.stopping()
+    await control.stop()
     for task in (*sessions, beating):
         task.cancel()
     await asyncio.gather(*sessions, beating, return_exceptions=True)
@@ -59,7 +63,10 @@ async def _serve(config: Config, manager: Notifier) -> None:
 
 
 def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. ConfigError if telemetry has nowhere to go."""
+    """Serve until SIGTERM or SIGINT.
+
+    ConfigError if telemetry has nowhere to go, ControlError if another daemon serves the socket.
+    """
     try:
         config.telemetry.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

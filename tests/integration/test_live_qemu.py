@@ -133,7 +133,9 @@ def start_daemon(tmp_path: Path, socket: Path) -> subprocess.Popen[str]:
     """The installed daemon, with one VM."""
     config = tmp_path / "config.toml"
     config.write_text(
-        f'[telemetry]\ndirectory = "{tmp_path}"\n[vms.guest]\nsocket = "{socket}"\n',
+        f'[telemetry]\ndirectory = "{tmp_path}"\n'
+        f'[control]\nsocket = "{tmp_path}/control.sock"\n'
+        f'[vms.guest]\nsocket = "{socket}"\n',
         encoding="utf-8",
     )
     program = Path(sys.executable).with_name("qmp-upm")

@@ -13,7 +13,9 @@ def test_a_service_from_start_to_end(tmp_path: Path) -> None:
     """Ready once it serves, alive while it does, and stopping before it ends with 0."""
     config = tmp_path / "config.toml"
     config.write_text(
-        f'[telemetry]\ndirectory = "{tmp_path}"\n[vms.guest]\nsocket = "{tmp_path}/none"\n',
+        f'[telemetry]\ndirectory = "{tmp_path}"\n'
+        f'[control]\nsocket = "{tmp_path}/control.sock"\n'
+        f'[vms.guest]\nsocket = "{tmp_path}/none"\n',
         encoding="utf-8",
     )
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

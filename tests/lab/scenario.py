@@ -42,7 +42,7 @@ class Scenario:
             "batched": 'name = "batched", max_bytes = "4 MiB", max_delay = "200 ms"',
         }[self.policy]
         return (
-            f'[telemetry]\ndirectory = "{directory}"\n'
+            f'[telemetry]\ndirectory = "{directory}"\n[control]\nsocket = "{socket}.control"\n'
             f'[vms.{self.name}]\nsocket = "{socket}"\nbudget = "{self.budget_text}"\n'
             f'lease = "{LEASE_SECONDS} s"\nnotify = "20 ms"\npolicy = {{ {policy} }}\n'
         )
