@@ -11,6 +11,8 @@ import structlog
 from qmp_upm.config import Config
 from qmp_upm.control import ControlServer
 from qmp_upm.errors import ConfigError
+from qmp_upm.exporter import Exporter
+from qmp_upm.exposition import pages
 from qmp_upm.host import Host
 from qmp_upm.looplag import LoopLag
 from qmp_upm.notify import Notifier, notifier
@@ -44,20 +46,23 @@ async def _serve(config: Config, manager: Notifier) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     host = Host(config, time.time())
+    lag = LoopLag()
+    exporter = Exporter(pages(host, lag, lambda: True))
+    await exporter.start(config.metrics.listen)
     control = ControlServer(config.control.socket, host)
     await control.start()
     host.telemetry.start()
     sessions = [asyncio.create_task(_supervise(session)) for session in host.sessions]
-    lag = LoopLag()
     beating = asyncio.create_task(lag.run(lambda s: manager.beat(s, lambda: _status(host))))
     manager.ready(_status(host))
-    log.info("started", vms=len(sessions))
+    log.info("started", vms=len(sessions), metrics_port=exporter.port)
     await stop.wait()
     manager.stopping()
     await control.stop()
     for task in (*sessions, beating):
         task.cancel()
     await asyncio.gather(*sessions, beating, return_exceptions=True)
+    await exporter.close()
     await host.telemetry.close(TELEMETRY_SECONDS)
     log.info("stopped")
 

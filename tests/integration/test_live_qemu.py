@@ -135,6 +135,7 @@ def start_daemon(tmp_path: Path, socket: Path) -> subprocess.Popen[str]:
     config.write_text(
         f'[telemetry]\ndirectory = "{tmp_path}"\n'
         f'[control]\nsocket = "{tmp_path}/control.sock"\n'
+        f'[metrics]\nlisten = ""\n'
         f'[vms.guest]\nsocket = "{socket}"\n',
         encoding="utf-8",
     )

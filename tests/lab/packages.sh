@@ -5,7 +5,7 @@ set -eu
 
 QEMU_LEAST=9.1
 wanted='flex bison libelf-dev libssl-dev bc cpio xz-utils busybox-static linux-source-6.12
-    systemd libvirt-common libxml2-utils'
+    systemd libvirt-common libxml2-utils prometheus'
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 backports=/etc/apt/sources.list.d/qmp-upm-backports.sources
 

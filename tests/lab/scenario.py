@@ -43,6 +43,7 @@ class Scenario:
         }[self.policy]
         return (
             f'[telemetry]\ndirectory = "{directory}"\n[control]\nsocket = "{socket}.control"\n'
+            f'[metrics]\nlisten = ""\n'
             f'[vms.{self.name}]\nsocket = "{socket}"\nbudget = "{self.budget_text}"\n'
             f'lease = "{LEASE_SECONDS} s"\nnotify = "20 ms"\npolicy = {{ {policy} }}\n'
         )
