@@ -15,7 +15,7 @@ SHT_DYNSYM = 11
 SHN_UNDEF = 0
 
 
-class ElfError(ValueError):
+class ElfError(Exception):
     """The file is no ELF program of this kind, or damaged. Contained: becomes a check's finding."""
 
 
@@ -45,7 +45,7 @@ def exported_names(path: Path) -> frozenset[str]:
             )
             if where != SHN_UNDEF and name
         )
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
         raise ElfError(f"{path} is damaged: {error}") from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmp_upm.doctor import Check, Places, Status
@@ -131,6 +131,7 @@ def test_exported_names_are_what_the_file_defines() -> None:
     assert not {"dlsym", "qmp_register_command", ""} & names
 
 
+@example(end=1.0, writes=[(47, 128)])
 @given(
     end=st.floats(0, 1),
     writes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=16),
