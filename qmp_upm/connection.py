@@ -11,13 +11,12 @@ line breaks, and queues what it sends without a bound.
 """
 
 import asyncio
-import base64
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,13 +27,12 @@ from qmp_upm.errors import ControlError, QmpUpmError, UnknownCommandError, Unkno
 from qmp_upm.events import HostEvent, Subscription
 from qmp_upm.framing import Framer, TooLongError
 from qmp_upm.host import Host
-from qmp_upm.policy import Batch
+from qmp_upm.recording import EVENT, Sender
+from qmp_upm.trace import Block
 
 READ_BYTES = 1 << 16
 
 log = structlog.get_logger()
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,6 @@ def _event(event: HostEvent) -> tuple[str, Mapping[str, object]]:
     return event.name, {"vm": event.vm, **event.data} if event.vm else event.data
 
 
-def _records(name: str) -> Callable[[Batch], tuple[str, Mapping[str, object]]]:
-    """``records`` is base64 of an array of `qmp_upm.records.RECORD`."""
-
-    def encode(batch: Batch) -> tuple[str, Mapping[str, object]]:
-        records = base64.b64encode(batch.records.tobytes()).decode()
-        return "RECORDS", {"vm": name, "records": records, "dropped": batch.dropped}
-
-    return encode
-
-
 def refuse(writer: asyncio.StreamWriter, error: QmpUpmError) -> None:
     """Say why in place of a greeting, and close. Does not wait."""
     writer.write(_encode(_failure(error)))
@@ -101,7 +89,7 @@ class Connection:
         self._negotiated = False
         self._tasks: asyncio.TaskGroup
         self._relays: list[asyncio.Task[None]] = []
-        self._records: dict[str, Subscription[Batch]] = {}
+        self._records: dict[str, Subscription[Block]] = {}
         peer = writer.get_extra_info("socket").getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -197,7 +185,7 @@ class Connection:
             raise ControlError("there are no capabilities to enable", hint="leave them out")
         self._negotiated = True
         # Clients expect the answer first: the relay runs after it was written.
-        self._relay(self.host.subscribe(), _event)
+        self._relay(self._send_events(self.host.subscribe()))
         return {}
 
     def start_record(self, name: str) -> None:
@@ -205,7 +193,7 @@ class Connection:
         if name in self._records:
             raise ControlError(f"{name} is being recorded", hint="one record a client and VM")
         self._records[name] = self.host.record(name)
-        self._relay(self._records[name], _records(name))
+        self._relay(self._send_records(name, self._records[name]))
 
     def stop_record(self, name: str) -> None:
         """Send no more of them."""
@@ -213,27 +201,33 @@ class Connection:
             raise ControlError(f"{name} is not being recorded", hint="record-start starts")
         self._records.pop(name).close()
 
-    def _relay(
-        self,
-        subscription: Subscription[Item],
-        encode: Callable[[Item], tuple[str, Mapping[str, object]]],
-    ) -> None:
-        self._relays.append(self._tasks.create_task(self._send_events(subscription, encode)))
+    def _relay(self, sending: Coroutine[None, None, None]) -> None:
+        self._relays.append(self._tasks.create_task(sending))
 
-    async def _send_events(
-        self,
-        subscription: Subscription[Item],
-        encode: Callable[[Item], tuple[str, Mapping[str, object]]],
-    ) -> None:
+    async def _send_events(self, subscription: Subscription[HostEvent]) -> None:
         told = 0
         try:
-            async for item in subscription:
+            async for event in subscription:
                 if subscription.dropped > told:
                     await self._send_event("EVENTS_DROPPED", {"count": subscription.dropped - told})
                     told = subscription.dropped
-                await self._send_event(*encode(item))
+                await self._send_event(*_event(event))
         finally:
             subscription.close()
+
+    async def _send_records(self, name: str, subscription: Subscription[Block]) -> None:
+        sender, told = Sender(name), 0
+        try:
+            async for block in subscription:
+                lost, told = subscription.dropped - told, subscription.dropped
+                for chunk in sender.chunks(block, lost):
+                    await self._send_event(EVENT, chunk)
+            await self._send_event(EVENT, sender.last(subscription.dropped - told))
+        finally:
+            subscription.close()
+            # The VM may be gone, and another come with its name.
+            if self._records.get(name) is subscription:
+                del self._records[name]
 
     async def _send_event(self, name: str, data: Mapping[str, object]) -> None:
         seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)

@@ -38,25 +38,42 @@ class HostEvent:
     data: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Bounds(Generic[Item]):
+    """What waits for one subscriber weighs ``most``; what has no room counts as ``dropped``."""
+
+    weigh: Callable[[Item], int] = lambda _: 1
+    count: Callable[[Item], int] = lambda _: 1
+    most: int = QUEUE_MOST
+
+
 class Subscription(Generic[Item]):
     """An async iterator over what comes from now on, until closed."""
 
-    def __init__(self, on_close: Callable[["Subscription[Item]"], None]) -> None:
+    def __init__(
+        self, on_close: Callable[["Subscription[Item]"], None], bounds: Bounds[Item]
+    ) -> None:
         self._items: deque[Item] = deque()
         self._arrived = asyncio.Event()
         self._on_close = on_close
+        self._bounds = bounds
+        self._room = bounds.most
         self._closed = False
         self.dropped = 0
 
-    def put(self, item: Item) -> None:
-        """Queue one, or count it as dropped. Never waits."""
+    def put(self, item: Item) -> int:
+        """Queue one, or drop it: returns what was dropped. Never waits."""
         if self._closed:
-            return
-        if len(self._items) >= QUEUE_MOST:
-            self.dropped += 1
-        else:
-            self._items.append(item)
-            self._arrived.set()
+            return 0
+        weight = self._bounds.weigh(item)
+        if weight > self._room:
+            dropped = self._bounds.count(item)
+            self.dropped += dropped
+            return dropped
+        self._room -= weight
+        self._items.append(item)
+        self._arrived.set()
+        return 0
 
     def close(self) -> None:
         """End the iteration, after what is queued."""
@@ -74,25 +91,29 @@ class Subscription(Generic[Item]):
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
-        return self._items.popleft()
+        item = self._items.popleft()
+        self._room += self._bounds.weigh(item)
+        return item
 
 
 class Publisher(Generic[Item]):
-    """Hands each item to all who have subscribed."""
+    """Hands each item to all who have subscribed. ``dropped`` is of all of them, for good."""
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: Bounds[Item] | None = None) -> None:
         self._subscriptions: set[Subscription[Item]] = set()
+        self._bounds: Bounds[Item] = bounds or Bounds()
+        self.dropped = 0
 
     def subscribe(self) -> Subscription[Item]:
         """From now on, until it is closed."""
-        subscription: Subscription[Item] = Subscription(self._subscriptions.discard)
+        subscription: Subscription[Item] = Subscription(self._subscriptions.discard, self._bounds)
         self._subscriptions.add(subscription)
         return subscription
 
     def put(self, item: Item) -> None:
         """To all."""
         for subscription in self._subscriptions:
-            subscription.put(item)
+            self.dropped += subscription.put(item)
 
     def close(self) -> None:
         """End all subscriptions."""

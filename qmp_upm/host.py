@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from qmp_upm.config import Config
 from qmp_upm.errors import UnavailableError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
-from qmp_upm.policy import Batch
 from qmp_upm.protocol import Copy
 from qmp_upm.rotation import CappedDirectory
 from qmp_upm.settings import Setting, configured
 from qmp_upm.stats import State, VmView
 from qmp_upm.telemetry import TelemetryWriter
+from qmp_upm.trace import Block
 from qmp_upm.vm import Session
 
 __all__ = ["Host", "HostEvent", "HostEventName", "ReloadState", "Setting", "State", "Subscription"]
@@ -95,7 +95,7 @@ class Host:
         """The events from now on."""
         return self._events.subscribe()
 
-    def record(self, name: str) -> Subscription[Batch]:
+    def record(self, name: str) -> Subscription[Block]:
         """A VM's conversions from now on; close it to stop."""
         return self._session(name).batches.subscribe()
 

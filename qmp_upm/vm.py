@@ -17,8 +17,10 @@ from qmp_upm.plugin import plugin_env
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
 from qmp_upm.protocol import COMMANDS, PROTOCOL, Copy, Discarded, Event, Query, read_message
 from qmp_upm.qmp import Monitor
+from qmp_upm.recording import BOUNDS
 from qmp_upm.stats import State, Trouble, VmStats, VmView
 from qmp_upm.telemetry import Telemetry
+from qmp_upm.trace import Block
 from qmp_upm.units import NSEC
 
 BACKOFF_FIRST = 0.2
@@ -36,7 +38,7 @@ class Session:
         self.name = name
         self.state = State.CONNECTING
         self.stats = VmStats()
-        self.batches: Publisher[Batch] = Publisher()
+        self.batches: Publisher[Block] = Publisher(BOUNDS)
         self._socket = socket
         self._table = table
         self._since = time.time()
@@ -224,8 +226,9 @@ class Session:
     def _follow(self, batch: Batch, exits: PluginExits) -> None:
         if not len(batch) and not batch.dropped:
             return
-        self.batches.put(batch)
-        applied = self._ledger.apply(batch.records, time.monotonic_ns())
+        now_ns = time.monotonic_ns()
+        self.batches.put(Block(batch.records, batch.dropped, now_ns))
+        applied = self._ledger.apply(batch.records, now_ns)
         conversions = int(batch.records["count"].sum())
         to_private = batch.records["private"] == 1
         self._totals["conversions"] += conversions

@@ -23,10 +23,10 @@ from qmp_upm.control import ControlServer
 from qmp_upm.errors import ConfigError, ControlError, UnavailableError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
 from qmp_upm.host import Setting
-from qmp_upm.policy import Batch
 from qmp_upm.protocol import Copy
 from qmp_upm.records import RECORD
 from qmp_upm.stats import State, VmStats, VmView
+from qmp_upm.trace import Block
 
 LIMITS = Limits(clients=4, message_bytes=4096, patience_s=5.0)
 
@@ -37,7 +37,7 @@ class _FakeHost:
     def __init__(self) -> None:
         self.asked: list[tuple[object, ...]] = []
         self.events: Publisher[HostEvent] = Publisher()
-        self.batches: Publisher[Batch] = Publisher()
+        self.batches: Publisher[Block] = Publisher()
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -93,7 +93,7 @@ class _FakeHost:
     def subscribe(self) -> Subscription[HostEvent]:
         return self.events.subscribe()
 
-    def record(self, name: str) -> Subscription[Batch]:
+    def record(self, name: str) -> Subscription[Block]:
         self.vm(name)
         return self.batches.subscribe()
 
@@ -453,13 +453,14 @@ async def test_conversions_are_passed_on(
     assert "hint" in (await client.ask(start))["error"]["desc"]
     records = np.zeros(3, RECORD)
     records["offset"] = [0, 4096, 8192]
-    host.batches.put(Batch(records, dropped=2))
+    host.batches.put(Block(records, 2, 77))
     event = await client.take()
-    assert (event["event"], event["data"]["vm"], event["data"]["dropped"]) == ("RECORDS", "db", 2)
+    assert (event["event"], event["data"]["vm"], event["data"]["at"]) == ("RECORDS", "db", 2)
     got = np.frombuffer(base64.b64decode(event["data"]["records"]), RECORD)
     assert (got == records).all()
     stop = {"execute": "record-stop", "arguments": {"name": "db"}}
     assert await client.ask(stop) == {"return": {}}
+    assert (await client.take())["data"]["last"]
     assert not host.batches
 
 
