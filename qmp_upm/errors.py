@@ -6,6 +6,7 @@
     QmpUpmError
     ├── ConfigError             a configuration file or parameter can't be used
     ├── PolicyError             a policy failed, or decided what can't be done
+    ├── MeasureError            the prices of this host can't be measured
     ├── TraceError              a recorded trace can't be read or written
     ├── InstallError            a part of qmp-upm itself is not where it should be
     ├── ControlError            the control socket can't be used, or the daemon refused a command
@@ -37,6 +38,10 @@ class ConfigError(QmpUpmError):
 
 class PolicyError(QmpUpmError):
     """A policy raised, or returned what is no decision. Its VM goes on with ``eager``."""
+
+
+class MeasureError(QmpUpmError):
+    """What ``calibrate`` needs of the host is not to be had."""
 
 
 class TraceError(QmpUpmError):

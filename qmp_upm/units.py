@@ -65,6 +65,14 @@ def _json_schema(kind: str, units: dict[str, float] | dict[str, int]) -> WithJso
     )
 
 
+def format_seconds(value: float) -> str:
+    """Three digits, in a unit that fits."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
 Bytes = Annotated[
     int,
     BeforeValidator(parse_size),

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import qmp_upm
-from qmp_upm.cli import config, doctor, plugin, run
+from qmp_upm.cli import calibrate, config, doctor, plugin, run, simulate
 from qmp_upm.errors import ConfigError, QmpUpmError
 
 EXIT_CONFIG = 78
@@ -21,6 +21,8 @@ app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
 app.add_typer(plugin.app, name="plugin")
 app.add_typer(config.app, name="config")
+app.command("simulate")(simulate.simulate)
+app.command("calibrate")(calibrate.calibrate)
 
 
 def _show_version(wanted: bool) -> None:
