@@ -13,6 +13,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from qmp_upm.listen import Listen
 from qmp_upm.policy import Policy, make_policy
 from qmp_upm.units import Bytes, Seconds
 
@@ -59,7 +60,7 @@ class TelemetryTable(_Table):
 class MetricsTable(_Table):
     """Where Prometheus finds ``/metrics``."""
 
-    listen: str = "127.0.0.1:9469"
+    listen: Listen = "127.0.0.1:9469"
     """Address and port; empty: nowhere."""
 
 

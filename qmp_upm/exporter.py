@@ -14,13 +14,13 @@ import h11
 import structlog
 
 from qmp_upm.errors import ConfigError
+from qmp_upm.listen import split_listen
 
 CONNECTIONS_MOST = 16
 CONNECTION_SECONDS = 10.0
 """From its first byte to its last."""
 REQUEST_BYTES = 8 << 10
 READ_BYTES = 4 << 10
-PORT_MOST = 65535
 
 log = structlog.get_logger()
 
@@ -38,27 +38,6 @@ class Page:
 Pages = Mapping[str, Callable[[], Awaitable[Page]]]
 
 
-def parse_listen(text: str) -> tuple[str, int] | None:
-    """Address and port of ``[metrics] listen``; None if it is empty.
-
-    ConfigError says what to write. An address is written out, ``0.0.0.0`` too: nothing listens to
-    the network by omission.
-    """
-    if not text:
-        return None
-    host, _, port = text.rpartition(":")
-    try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        address = None
-    if address is None or not port.isdecimal() or int(port) > PORT_MOST:
-        raise ConfigError(
-            f"metrics.listen: {text!r} is not an address and a port",
-            hint='write for example "127.0.0.1:9469", or "" for none; names are not looked up',
-        )
-    return str(address), int(port)
-
-
 class Exporter:
     """Serves pages by their paths."""
 
@@ -73,8 +52,8 @@ class Exporter:
         return int(self._server.sockets[0].getsockname()[1]) if self._server else 0
 
     async def start(self, listen: str) -> None:
-        """Listen. ConfigError if the address is none, or taken."""
-        where = parse_listen(listen)
+        """Listen there (`qmp_upm.listen`). ConfigError if the port is taken."""
+        where = split_listen(listen)
         if where is None:
             return
         host, port = where

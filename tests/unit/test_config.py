@@ -45,6 +45,7 @@ def test_defaults_reach_every_vm(tmp_path: Path) -> None:
         ('discovery = ["x/*"]\n[telemetry]\ndirectory = "/t"\n', "not an absolute path"),
         ("", "telemetry"),
         ("[telemetry", "not TOML"),
+        (GOOD + '[metrics]\nlisten = ":9469"\n', "metrics.listen"),
         (GOOD + "bugdet = 1\n", "vms.a.bugdet"),
         (GOOD + 'budget = "1 parsec"\n', "vms.a.budget"),
         (GOOD + "budget = -1\n", "vms.a.budget"),
