@@ -7,9 +7,9 @@ metrics.
 """
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -58,6 +58,13 @@ def _by_reason() -> dict[Copy, dict[str, int]]:
 
 def _histogram() -> list[int]:
     return [0] * BUCKETS
+
+
+def _copied(value: Any) -> Any:
+    """A counter, or a table of them: ``deepcopy`` takes ten times as long."""
+    if isinstance(value, dict):
+        return {k: dict(v) if isinstance(v, dict) else v for k, v in value.items()}
+    return list(value) if isinstance(value, list) else value
 
 
 @dataclass(slots=True)
@@ -122,7 +129,7 @@ class VmStats:
 
     def snapshot(self) -> "VmStats":
         """A copy that no longer changes."""
-        return deepcopy(self)
+        return VmStats(**{one.name: _copied(getattr(self, one.name)) for one in fields(self)})
 
 
 class Trouble(BaseModel):

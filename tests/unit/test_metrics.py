@@ -165,6 +165,19 @@ def test_latencies_end_where_they_say() -> None:
     assert 'le="2.56e-07"' in next(line for line in lines if line.startswith(f"{name}bucket"))
 
 
+def test_a_picture_stays_as_it_is() -> None:
+    """What is counted afterwards, in tables of tables too, is not in it."""
+    stats = busy_stats()
+    picture, same = stats.snapshot(), busy_stats()
+    assert picture == same
+    stats.count_discard(PRIVATE, "age", 1, 1)
+    stats.count_decision(5)
+    stats.conversions[SHARED] += 1
+    stats.plugin_counters["over-budget-bytes"] += 1
+    stats.convert_ns[0] += 1
+    assert picture == same
+
+
 async def test_others_run_while_the_page_is_written() -> None:
     """Two hundred VMs: the loop goes round hundreds of times before the page is there."""
     made = asyncio.create_task(
