@@ -14,6 +14,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from qmp_upm.listen import Listen
+from qmp_upm.paths import CONTROL_SOCKET
 from qmp_upm.policy import Policy, make_policy
 from qmp_upm.units import Bytes, Seconds
 
@@ -67,7 +68,7 @@ class MetricsTable(_Table):
 class ControlTable(_Table):
     """The daemon's own QMP socket."""
 
-    socket: Path = Path("/run/qmp-upm/control.sock")
+    socket: Path = CONTROL_SOCKET
     """Its path; only the daemon's user may open it."""
 
 

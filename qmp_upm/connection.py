@@ -11,6 +11,7 @@ line breaks, and queues what it sends without a bound.
 """
 
 import asyncio
+import json
 import socket
 import struct
 import time
@@ -20,7 +21,7 @@ from typing import Any
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from qmp_upm.commands import execute, version
 from qmp_upm.errors import ControlError, QmpUpmError, UnknownCommandError, UnknownVmError
@@ -236,7 +237,12 @@ class Connection:
 
 
 def _encode(message: Mapping[str, object]) -> bytes:
-    return to_json(message, inf_nan_mode="null") + b"\r\n"
+    try:
+        text = to_json(message, inf_nan_mode="null")
+    except PydanticSerializationError:
+        # A VM's QEMU may have sent half a surrogate pair. JSON can name that, UTF-8 can't.
+        text = json.dumps(to_jsonable_python(message, inf_nan_mode="null")).encode()
+    return text + b"\r\n"
 
 
 def _read_request(text: bytes, tag: dict[str, object]) -> _Request:

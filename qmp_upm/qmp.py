@@ -35,16 +35,18 @@ _NAMES = TypeAdapter(list[dict[str, Any]])
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
-class _Events(EventListener):
-    """A bounded queue, and no history: the library's grows for ever."""
+class EventQueue(EventListener):
+    """A bounded queue of the events whose names begin so; no history: the library's has no end."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
         super().__init__()
+        self._prefix = prefix
         self.arrived = asyncio.Event()
         self.kept: deque[WireMessage] = deque()
         self.dropped = 0
 
     async def put(self, event: WireMessage) -> None:
+        """Called by the library for every event; never waits."""
         if not self.accept(event):
             return
         if len(self.kept) == EVENTS_MOST:
@@ -54,15 +56,16 @@ class _Events(EventListener):
         self.arrived.set()
 
     def accept(self, event: WireMessage) -> bool:
-        return str(event["event"]).startswith("X_UPM_")
+        """Whether it is one of those that are wanted."""
+        return str(event["event"]).startswith(self._prefix)
 
 
-class _Client(QMPClient):
+class BoundedClient(QMPClient):
     """The library's client without its log of every message, and fair to other tasks."""
 
     _received = 0
 
-    def __init__(self, events: _Events) -> None:
+    def __init__(self, events: EventQueue) -> None:
         super().__init__()
         # The default listener can't be removed: it is made to keep nothing.
         self.events.event_filter = lambda _event: False
@@ -93,8 +96,8 @@ class Monitor:
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
-        self._events = _Events()
-        self._client = _Client(self._events)
+        self._events = EventQueue("X_UPM_")
+        self._client = BoundedClient(self._events)
         self._oob = False
 
     async def connect(self) -> None:

@@ -73,6 +73,18 @@ def format_seconds(value: float) -> str:
     return f"{value * 1e6:.3g} µs"
 
 
+def format_duration(seconds: float) -> str:
+    """Two units at most, rounded down: ``"3 d 4 h"``, ``"12 s"``, ``"20 ms"``."""
+    if seconds < 1:
+        return f"{int(seconds * 1000)} ms"
+    left, parts = int(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
 Bytes = Annotated[
     int,
     BeforeValidator(parse_size),

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import qmp_upm
-from qmp_upm.cli import calibrate, config, doctor, plugin, run, simulate
+from qmp_upm.cli import calibrate, config, control, doctor, plugin, run, simulate, top
 from qmp_upm.errors import ConfigError, QmpUpmError
 
 EXIT_CONFIG = 78
@@ -19,6 +19,15 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
+app.command("status")(control.status)
+app.command("top")(top.top)
+app.command("show")(control.show)
+app.command("events")(control.events)
+app.command("policies")(control.policies)
+app.command("set-policy")(control.set_policy)
+app.command("set-budget")(control.set_budget)
+app.command("flush")(control.flush)
+app.command("reload")(control.reload)
 app.add_typer(plugin.app, name="plugin")
 app.add_typer(config.app, name="config")
 app.command("simulate")(simulate.simulate)
