@@ -127,7 +127,7 @@ def main() -> int:
     args = parser().parse_args()
     try:
         if args.command == "build":
-            for made in (build.shim(), build.payload(), build.initramfs()):
+            for made in (build.shim(), build.firmware(), build.payload(), build.initramfs()):
                 say(f"built {made.name}")
             if not host_has_vm_type():
                 say(f"built {build.kernel().name}")

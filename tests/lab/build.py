@@ -134,6 +134,13 @@ def payload() -> Path:
     )
 
 
+def firmware() -> Path:
+    """What the guest's processors start with."""
+    flags = ["-m32", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-e,0"]
+    flags += [f"-Wl,-T,{HERE / 'boot.ld'}", "-Wl,--oformat=binary"]
+    return cached("boot.rom", _texts("boot.S", "boot.ld"), gcc(flags, ["boot.S"]))
+
+
 def initramfs() -> Path:
     """Busybox and an init script."""
     busybox = shutil.which("busybox")

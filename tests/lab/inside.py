@@ -19,7 +19,9 @@ from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 
 # At least, and for each conversion of several processors.
 GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.005
-SETTLE_SECONDS = 15.0
+# Everything is emulated: on a busy machine a Python program takes a minute to start.
+START_SECONDS = 240.0
+SETTLE_SECONDS = 60.0
 POLL_SECONDS = 0.05
 # Seen in 11.1.3, not in 10.0.2: KVM_PRE_FAULT_MEMORY after each conversion.
 PREFAULTING_QEMU = 11
@@ -110,6 +112,8 @@ class Run:
                 "none",
                 "-no-reboot",
                 "-S",
+                "-bios",
+                self.job["firmware"],
                 "-kernel",
                 self.job["payload"],
                 "-append",
@@ -129,7 +133,7 @@ class Run:
             stderr=self.qemu_log.open("wb"),
             preexec_fn=self._enter,  # noqa: PLW1509
         )
-        if not wait_until((self.work / "runner.sock").exists, 20):
+        if not wait_until((self.work / "runner.sock").exists, START_SECONDS):
             raise RuntimeError("QEMU did not start")
         self.monitor = QEMUMonitorProtocol(f"{self.work}/runner.sock")
         self.monitor.connect(negotiate=True)
@@ -144,7 +148,7 @@ class Run:
                 [str(Path(sys.executable).with_name("qmp-upm")), "run", "--config", str(config)],
                 stderr=log,
             )
-        if not wait_until(self._daemon_ready, 40):
+        if not wait_until(self._daemon_ready, START_SECONDS):
             raise RuntimeError(f"the daemon did not attach: {self.daemon_log.read_text()}")
 
     def _daemon_ready(self) -> bool:
@@ -180,11 +184,28 @@ class Run:
             return self.guest_output.exists() and "}" in self.guest_output.read_text()
 
         if not wait_until(reported, GUEST_SECONDS + FLIP_SECONDS * self.scenario.flips):
-            raise RuntimeError(f"the guest did not finish: {self.monitor.cmd('query-status')}")
+            raise RuntimeError(f"the guest did not finish: {self.where_it_is()}")
         report: dict[str, int] = json.loads(self.guest_output.read_text())
         if self.scenario.kill_daemon_after is not None and not self.killed:
             raise RuntimeError("the guest finished before the daemon was to be killed")
         return report
+
+    def where_it_is(self) -> str:
+        """Twice, a second apart: each processor's registers, and what each thread of QEMU does."""
+        seen = [str(self.monitor.cmd("query-status"))]
+        if self.scenario.plugin:
+            seen.append(f"plugin: {self.query()}")
+        for _ in range(2):
+            seen.append(
+                self.monitor.cmd("human-monitor-command", **{"command-line": "info registers -a"})
+            )
+            for task in sorted(Path(f"/proc/{self.qemu.pid}/task").iterdir()):
+                name = (task / "comm").read_text(encoding="utf-8").strip()
+                stat = (task / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+                call = (task / "syscall").read_text(encoding="utf-8").split()[0]
+                seen.append(f"{name}: {stat[0]}, system call {call}, ticks {stat[11]}+{stat[12]}")
+            time.sleep(1)
+        return "\n".join(seen)
 
     def live_shared(self, guest: dict[str, int]) -> int:
         """What the host should hold: a newer QEMU has KVM map what it has just converted."""
@@ -314,7 +335,9 @@ def main() -> None:
             (out / f"{scenario.name}.json").write_text(json.dumps(result), encoding="utf-8")
             print(f"{scenario.name}: done", flush=True)
         except Exception as error:  # noqa: BLE001 - said on the console; the result is absent
-            print(f"{scenario.name}: {error!r}; {run.qemu_state()}", flush=True)
+            print(
+                f"{scenario.name}: {type(error).__name__}: {error}; {run.qemu_state()}", flush=True
+            )
             break
         finally:
             run.close()

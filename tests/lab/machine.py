@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CHECK_EXTENSION = 0xAE03
 CAP_MEMORY_ATTRIBUTES, CAP_VM_TYPES = 233, 235
 SW_PROTECTED_VM = 1
-BOOT_SECONDS, RUN_SECONDS = 60, 240
+BOOT_SECONDS, RUN_SECONDS = 60, 600
 
 
 def host_has_vm_type() -> bool:
@@ -74,7 +74,12 @@ def run_scenarios(scenarios: list[Scenario], out: Path) -> list[dict[str, Any]]:
 
 def _run_all(scenarios: list[Scenario], plugin: str, out: Path) -> Path:
     """Runs them until one can't; the console's file."""
-    objects = {"plugin": Path(plugin), "shim": build.shim(), "payload": build.payload()}
+    objects = {
+        "plugin": Path(plugin),
+        "shim": build.shim(),
+        "firmware": build.firmware(),
+        "payload": build.payload(),
+    }
     for name, file in objects.items():
         shutil.copy(file, out / name)
     # Beside the job: a QEMU of another root sees nothing else.
