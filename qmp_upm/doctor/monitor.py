@@ -6,10 +6,10 @@ import stat
 from pathlib import Path
 
 from qmp_upm.doctor.check import Check, Status
-from qmp_upm.errors import PeerError
+from qmp_upm.errors import PeerError, TakenError
 from qmp_upm.exits import PluginExits
 from qmp_upm.plugin import plugin_env
-from qmp_upm.protocol import COMMANDS, PROTOCOL
+from qmp_upm.protocol import COMMANDS, PROTOCOL, Query
 from qmp_upm.qmp import Monitor
 
 
@@ -55,10 +55,22 @@ async def _talk(name: str, socket: Path) -> Check:
                 f"start it with {plugin_env()}",
             )
         query = await PluginExits(monitor).query()
+    except TakenError as error:
+        return Check(
+            name,
+            Status.WARN,
+            error.message,
+            "if qmp-upm itself is on it, all is well, and 'qmp-upm status' says so; otherwise give "
+            "it a monitor of its own",
+        )
     except PeerError as error:
         return Check(name, Status.FAIL, error.message, error.hint)
     finally:
         await monitor.close()
+    return _judge(name, monitor.qemu_version, query)
+
+
+def _judge(name: str, qemu: str, query: Query) -> Check:
     if query.protocol != PROTOCOL:
         return Check(
             name,
@@ -67,15 +79,11 @@ async def _talk(name: str, socket: Path) -> Check:
             "restart the VM with the plugin of this release",
         )
     seen = (
-        f"QEMU {monitor.qemu_version} with plugin {query.version}: a {query.vm_kind} VM, "
+        f"QEMU {qemu} with plugin {query.version}: a {query.vm_kind} VM, "
         f"{len(query.regions)} regions, conversions {query.conversion}"
     )
-    if query.conversion == "in-place":
-        return Check(
-            name, Status.WARN, seen, "there is one copy of each page: no discard can be deferred"
-        )
-    if query.conversion == "none":
-        return Check(
-            name, Status.WARN, seen, "it has no guest_memfd: the daemon has nothing to do for it"
-        )
-    return Check(name, Status.OK, seen)
+    idle = {
+        "in-place": "there is one copy of each page: no discard can be deferred",
+        "none": "it has no guest_memfd: the daemon has nothing to do for it",
+    }.get(query.conversion)
+    return Check(name, Status.WARN if idle else Status.OK, seen, idle or "")

@@ -103,9 +103,10 @@ def test_configuration(tmp_path: Path, kind: str) -> None:
 
 
 def test_configuration_that_is_not_there(tmp_path: Path) -> None:
-    """The same for a file that does not exist, and systemd does not try that again."""
-    result = run("run", "--config", tmp_path / "none.toml")
-    assert result.returncode == EXIT_CONFIG
+    """The unit's own command line, without its file: an end that systemd does not try again."""
+    _program, *arguments, config = directive("ExecStart").split()
+    result = run(*arguments, str(tmp_path / Path(config).name))
+    assert (result.returncode, result.stdout) == (EXIT_CONFIG, "")
     assert int(directive("RestartPreventExitStatus")) == EXIT_CONFIG
 
 

@@ -22,7 +22,9 @@ from qmp_upm.doctor.kvm import (
     Ask,
     check_kvm,
 )
+from qmp_upm.errors import TakenError
 from qmp_upm.plugin import plugin_path
+from qmp_upm.qmp import Monitor
 
 ROOT = Path(__file__).parents[2]
 SNP_HOST = {
@@ -217,3 +219,17 @@ async def test_socket_that_lets_nobody_in(tmp_path: Path, places: Places) -> Non
     assert "is no socket" in found["monitor file"].seen
     assert "cannot connect" in found["monitor stale"].seen
     assert found["monitor stale"].action
+
+
+async def test_monitor_that_the_daemon_may_hold(
+    tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it is taken may be as it should be: a warning, with how to find out."""
+
+    async def taken(_monitor: Monitor) -> None:
+        raise TakenError("accepts, and does not greet", hint="")
+
+    monkeypatch.setattr(Monitor, "connect", taken)
+    os.mknod(tmp_path / "m", 0o140666)
+    found = by_name(await examine(None, [tmp_path / "m"], places, answering()))["monitor m"]
+    assert (found.status, "qmp-upm status" in found.action) == (Status.WARN, True)

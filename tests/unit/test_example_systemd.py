@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "systemd"
+from qmp_upm.configfile import load_config
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "systemd"
 PROGRAM = Path(sys.executable).with_name("qmp-upm")
 MOST_EXPOSURE = 15
 """Tenths of systemd's scale from 0, safe, to 10; systemd 252 and 254 say 11."""
@@ -104,3 +107,22 @@ def test_user_and_directory_of_monitors_are_made(tmp_path: Path) -> None:
     line = (EXAMPLE / "tmpfiles.conf").read_text(encoding="utf-8").splitlines()[-1].split()
     assert line[:3] == ["d", "/run/libvirt/qemu/upm", "2770"]
     assert line[4] == "qmp-upm"
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_configurations_write_where_the_unit_lets_them(config: Path) -> None:
+    """Telemetry and control socket lie in the directories that systemd makes."""
+    unit = (EXAMPLE / "qmp-upm.service").read_text(encoding="utf-8").splitlines()
+    loaded = load_config(config)
+    logs, run = loaded.telemetry.directory, loaded.control.socket.parent
+    assert (logs.parent, run.parent) == (Path("/var/log"), Path("/run"))
+    assert f"LogsDirectory={logs.name}" in unit
+    assert f"RuntimeDirectory={run.name}" in unit
+
+
+def test_metrics_are_let_through() -> None:
+    """The default address is on the loopback, which is all the network that the unit allows."""
+    unit = (EXAMPLE / "qmp-upm.service").read_text(encoding="utf-8").splitlines()
+    loaded = load_config(ROOT / "configs" / "default.toml")
+    assert loaded.metrics.listen.startswith("127.0.0.1:")
+    assert {"IPAddressDeny=any", "IPAddressAllow=localhost"} <= set(unit)
