@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import qmp_upm
-from qmp_upm.cli import calibrate, config, control, doctor, plugin, run, simulate, top
+from qmp_upm.cli import calibrate, config, control, doctor, plugin, record, run, simulate, top
 from qmp_upm.errors import ConfigError, QmpUpmError
 
 EXIT_CONFIG = 78
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.run)
+app.command("record")(record.record)
 app.command("doctor")(doctor.doctor)
 app.command("status")(control.status)
 app.command("top")(top.top)
