@@ -33,7 +33,7 @@ packages:
 
 # With the build tools in .venv, so that what pip builds once it need not fetch again.
 $(VENV)/tools: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'meson-python>=0.17' 'meson>=1.4' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation ".[test]"
 	@touch $@
