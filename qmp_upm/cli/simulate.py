@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from qmp_upm.simulator.compare import Run
     from qmp_upm.simulator.timeline import Timeline
 
-WorkloadOption = Annotated[str | None, typer.Option(help="A guest to generate; --list names them.")]
+WIDTH_LEAST = 110
+"""Columns of a table, however narrow the terminal is: figures cut short are of no use."""
+COLUMNS = ("time", "rent", "cost / optimum", "peak stale", "mean stale", "discards", "reused")
+
+WorkloadOption = Annotated[
+    str | None,
+    typer.Option(help="A guest: ovmf, ovmf-pool, swiotlb, accept, balloon, hostile or random."),
+]
 TraceOption = Annotated[Path | None, typer.Option(help="A trace of 'qmp-upm record'.")]
 ProfileOption = Annotated[
     list[str] | None, typer.Option(help="Prices: a name, or a file of 'qmp-upm calibrate'.")
@@ -110,14 +117,14 @@ def print_runs(title: str, runs: "list[Run]") -> None:
     from rich.table import Table  # noqa: PLC0415
 
     console = Console(highlight=False)
+    console.width = max(console.width, WIDTH_LEAST)
     for profile in dict.fromkeys(run.profile for run in runs):
         mine = [run for run in runs if run.profile == profile]
         best = mine[0].optimum
         table = Table(title=f"{title}, prices {profile}")
-        table.add_column("policy")
-        for column in ("time", "rent", "cost / optimum", "peak stale", "mean stale", "discards"):
-            table.add_column(column, justify="right")
-        table.add_column("reused", justify="right")
+        table.add_column("policy", overflow="fold")
+        for column in COLUMNS:
+            table.add_column(column, justify="right", no_wrap=True)
         for run in sorted(mine, key=lambda run: run.cost_seconds):
             ratio = run.ratio_to_optimum
             table.add_row(

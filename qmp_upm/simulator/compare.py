@@ -41,18 +41,14 @@ class PolicySpec:
         return cls(text, name.strip(), parameters)
 
     def make(self, prices: Prices) -> Policy:
-        """The policy. One that weighs prices is given these, but for those that are written."""
-        plain = make_policy(self.name, self.parameters)
-        weighed = type(plain).Parameters.model_fields.keys() & Prices.model_fields.keys()
-        if not weighed - self.parameters.keys():
-            return plain
-        given = {key: getattr(prices, key) for key in weighed}
+        """The policy. One that weighs prices is given these, unless others are written."""
+        given: dict[str, object] = {"prices": prices} if self.weighs_prices() else {}
         return make_policy(self.name, given | dict(self.parameters))
 
     def weighs_prices(self) -> bool:
-        """Whether it decides differently at different prices."""
-        fields = type(make_policy(self.name, self.parameters)).Parameters.model_fields.keys()
-        return bool((fields & Prices.model_fields.keys()) - self.parameters.keys())
+        """Whether it takes prices, as ``adaptive`` does, and none are written."""
+        fields = type(make_policy(self.name, self.parameters)).Parameters.model_fields
+        return "prices" in fields and "prices" not in self.parameters
 
 
 def our_policies() -> list[PolicySpec]:

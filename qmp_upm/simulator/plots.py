@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.prices import Prices
 from qmp_upm.simulator.compare import Run
-from qmp_upm.simulator.optimum import find_optimum
+from qmp_upm.simulator.optimum import Optimum, find_optimum
 from qmp_upm.simulator.timeline import Timeline
 from qmp_upm.units import NSEC
 
@@ -20,6 +21,8 @@ POINTS_MOST = 2000
 RENTS = np.geomspace(1e-6, 1e9, 76)
 """Factors on the rent, at each of which the optimum is a point of the frontier."""
 WIDTH, HEIGHT = 8.0, 4.6
+LOG_ABOVE = 20.0
+"""Times that differ by more than this factor are drawn on a logarithmic axis."""
 # Okabe and Ito's colours: told apart by nearly everybody.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
@@ -63,21 +66,29 @@ def plot_frontier(
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     held, spent = _frontier(timeline, prices)
-    mine = [run for run in runs if run.profile == profile]
-    most = max([float(held.max()), *(run.outcome.mean_stale_bytes for run in mine)])
+    means = [run.outcome.mean_stale_bytes for run in runs]
+    most = max([float(held.max()), float(PAGE_BYTES), *means])
+    least = min(value for value in [*means, *held.tolist(), most] if value > most / 1e7)
     size, size_unit = _size_unit(most)
-    longest = max([float(spent.max()), *(run.time_seconds for run in mine)])
+    longest = max([float(spent.max()), *(run.time_seconds for run in runs)])
     time, time_unit = _time_unit(longest)
     # What lies between two optima is possible by turns only: a straight line, if the axes were.
-    least = min(
-        (m.outcome.mean_stale_bytes for m in mine if m.outcome.mean_stale_bytes), default=1.0
-    )
-    grid = np.append(0.0, np.geomspace(min(least, most / 10) / 10, held.max(), 400))
-    bound = np.interp(grid, held, spent) * time
-    axes.plot(grid / size, bound, color="#888888", label="optimum at any rent", zorder=1)
-    floor, top = float(spent.min()) * time, longest * time
-    axes.fill_between(grid / size, bound, 0, color="#eeeeee", label="not possible", zorder=0)
-    for index, run in enumerate(mine):
+    grid = np.append(0.0, np.geomspace(least / 10, most, 400))
+    bound = np.interp(grid, held, spent)
+    axes.plot(grid / size, bound * time, color="#888888", label="optimum at any rent", zorder=1)
+    axes.fill_between(grid / size, bound * time, 0, color="#eeeeee", label="not possible", zorder=0)
+    _scatter(axes, runs, find_optimum(timeline, prices), size, time)
+    _scale(axes, least / size, most / size, float(spent.min()) * time, longest * time)
+    axes.set_xlabel(f"stale copies held on average, {size_unit}")
+    axes.set_ylabel(f"conversions, discards and faults, {time_unit}")
+    _finish(axes, f"{title}: time against memory, prices {profile}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def _scatter(axes: Axes, runs: Sequence[Run], best: Optimum, size: float, time: float) -> None:
+    """A point for each policy, and a star for the optimum."""
+    for index, run in enumerate(runs):
         axes.scatter(
             [run.outcome.mean_stale_bytes / size],
             [run.time_seconds * time],
@@ -88,31 +99,31 @@ def plot_frontier(
             zorder=3,
             alpha=0.9,
         )
-    best = mine[0].optimum if mine else find_optimum(timeline, prices)
     axes.scatter(
         [best.mean_stale_bytes / size],
         [best.time_seconds * time],
         label="optimum at these prices",
-        color="#000000",
+        facecolor="none",
+        edgecolor="#000000",
         marker="*",
-        s=130,
+        s=210,
         zorder=4,
     )
-    decade = 10.0 ** np.floor(np.log10(min(least, most) / size or 1.0))
+
+
+def _scale(axes: Axes, least: float, most: float, floor: float, top: float) -> None:
+    """Logarithmic where values differ much; nothing held has a place of its own at the left."""
+    decade = 10.0 ** np.floor(np.log10(least))
     axes.set_xscale("symlog", linthresh=decade, linscale=0.6)
-    axes.set_xlim(-0.1 * decade, 1.5 * most / size or 1.0)
+    axes.set_xlim(-0.15 * decade, 1.5 * most)
     axes.xaxis.set_major_formatter("{x:g}")
-    if top > 20 * floor > 0:
+    if top > LOG_ABOVE * floor > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(floor / 1.5, top * 1.5)
     else:
-        axes.set_ylim(floor - 0.1 * (top - floor or top), top + 0.1 * (top - floor or top))
-    axes.set_xlabel(f"stale copies held on average, {size_unit}")
-    axes.set_ylabel(f"conversions, discards and faults, {time_unit}")
-    _finish(axes, f"{title}: time against memory, prices {profile}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return figure
+        margin = 0.1 * (top - floor) or 0.1 * top or 1.0
+        axes.set_ylim(floor - margin, top + margin)
 
 
 def _line(run: Run, start_ns: int, shown_s: float) -> tuple[np.ndarray, np.ndarray]:

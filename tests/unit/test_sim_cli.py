@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""simulate, calibrate and advise as an operator calls them."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from qmp_upm import calibrate
+from qmp_upm.errors import ConfigError
+from qmp_upm.prices import load_prices
+from qmp_upm.simulator.profiles import PROFILES, find_profile, mail_2022
+from qmp_upm.simulator.workloads import WORKLOADS, make_workload
+from qmp_upm.trace import TraceWriter
+
+KEYS = {
+    "policy",
+    "profile",
+    "cost_seconds",
+    "ratio_to_optimum",
+    "peak_stale_bytes",
+    "mean_stale_bytes",
+    "discards",
+    "discarded_bytes",
+    "reused_bytes",
+    "conversions_per_second",
+}
+
+
+def qmp_upm(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The command as installed."""
+    program = Path(sys.executable).with_name("qmp-upm")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ovmf workload, as if it had been recorded every 20 ms under a budget."""
+    path = tmp_path_factory.mktemp("trace") / "ovmf.trace"
+    records = make_workload("ovmf").records
+    with TraceWriter(path, vm="a", policy="eager", budget_bytes=1 << 20) as writer:
+        for batch in range(0, int(records["time_ns"][-1]) + 20_000_000, 20_000_000):
+            inside = (records["time_ns"] >= batch) & (records["time_ns"] < batch + 20_000_000)
+            writer.write(records[inside], batch + 20_000_000)
+    return path
+
+
+def test_simulate_gives_a_list_of_runs() -> None:
+    """Every policy of ours at every profile, each with the keys that are promised."""
+    result = qmp_upm("simulate", "--workload", "ovmf-pool", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    runs = json.loads(result.stdout)
+    assert all(run.keys() >= KEYS for run in runs)
+    assert {run["profile"] for run in runs} == set(PROFILES)
+    assert {run["policy"] for run in runs} >= {"eager", "lazy", "batched", "eager:copies=none"}
+    assert all(run["ratio_to_optimum"] >= 1 for run in runs)
+
+
+def test_simulate_prints_a_table(trace: Path) -> None:
+    """For a trace, some policies and one profile."""
+    result = qmp_upm(
+        *("simulate", "--trace", str(trace), "--profile", "measured", "--budget", "64 KiB"),
+        *("--policy", "lazy:max_age=1 s", "--policy", "eager"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.index("lazy:max_age=1 s") < result.stdout.rindex("optimum")
+
+
+def test_a_trace_brings_its_budget(trace: Path) -> None:
+    """What was recorded under a budget is simulated under it, unless another is given."""
+    never = ("--policy", "eager:copies=none", "--profile", "free", "--json")
+    recorded = json.loads(qmp_upm("simulate", "--trace", str(trace), *never).stdout)[0]
+    given = qmp_upm("simulate", "--trace", str(trace), *never, "--budget", "32 KiB").stdout
+    assert 0 < json.loads(given)[0]["peak_stale_bytes"] <= 32 << 10
+    assert 32 << 10 < recorded["peak_stale_bytes"] <= 1 << 20
+
+
+def test_a_torn_trace_is_simulated_with_a_note(trace: Path, tmp_path: Path) -> None:
+    """What is whole of it."""
+    torn = tmp_path / "torn.trace"
+    torn.write_bytes(trace.read_bytes()[:-5])
+    result = qmp_upm("simulate", "--trace", str(torn), "--profile", "free", "--json")
+    assert result.returncode == 0
+    assert "torn" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "--workload"),
+        (["--workload", "ovmf", "--trace", "x"], "either"),
+        (["--workload", "windows"], "ovmf-pool"),
+        (["--workload", "ovmf", "--policy", "lasy"], "installed policies"),
+        (["--workload", "ovmf", "--policy", "lazy:max_age"], "key=value"),
+        (["--workload", "ovmf", "--policy", "lazy:max_age=soon"], "max_age"),
+        (["--workload", "ovmf", "--profile", "cheap"], "mail-2022"),
+        (["--workload", "ovmf", "--profile", "none.toml"], "calibrate"),
+        (["--workload", "ovmf", "--budget", "much"], "64 MiB"),
+        (["--workload", "ovmf", "--budget", "-1"], "64 MiB"),
+        (["--trace", "/nonexistent"], "No such file"),
+        (["--trace", "/dev/null"], "no trace"),
+        (["--workload", "swiotlb", "--report", "/proc/no/report.html"], "another place"),
+    ],
+)
+def test_bad_input_has_a_hint(arguments: list[str], word: str) -> None:
+    """An error with a hint, never a traceback."""
+    result = qmp_upm("simulate", *arguments)
+    assert result.returncode in (1, 78)
+    assert word in result.stderr
+    assert "hint: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_report_is_one_file_and_plots_are_png(tmp_path: Path) -> None:
+    """Nothing in the page is fetched from elsewhere."""
+    page, plots = tmp_path / "r.html", tmp_path / "plots"
+    result = qmp_upm(
+        *("simulate", "--workload", "ovmf-pool", "--profile", "measured"),
+        *("--report", str(page), "--plot", str(plots)),
+    )
+    assert result.returncode == 0, result.stderr
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 2
+    assert "http" not in html
+    assert sorted(p.name for p in plots.iterdir()) == [
+        "frontier-measured.png",
+        "stale-measured.png",
+    ]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in plots.iterdir())
+
+
+def test_calibrate_writes_what_simulate_takes(tmp_path: Path) -> None:
+    """This host's prices, as a profile."""
+    path = tmp_path / "prices.toml"
+    result = qmp_upm("calibrate", "--rounds", "4", "-o", str(path))
+    assert result.returncode == 0, result.stderr
+    prices = load_prices(path)
+    assert prices.discard_call + prices.discard_page > 0
+    simulated = qmp_upm("simulate", "--workload", "swiotlb", "--profile", str(path), "--json")
+    assert {run["profile"] for run in json.loads(simulated.stdout)} == {str(path)}
+
+
+def test_calibrate_says_where_it_cannot_write() -> None:
+    """With a hint."""
+    result = qmp_upm("calibrate", "--rounds", "4", "-o", "/proc/none/prices.toml")
+    assert (result.returncode, "hint: " in result.stderr) == (1, True)
+
+
+def test_calibrate_fits_prices_from_known_values() -> None:
+    """A call of 5 µs and a page of 1 µs are found in values that follow them."""
+    values = {
+        pages: calibrate.np.array([[5e-6 + pages * 1e-6, 3e-6]] * 5) for pages in calibrate.SIZES
+    }
+    fit = calibrate._fit(values)
+    assert (fit.call_s, fit.page_s) == (pytest.approx(5e-6), pytest.approx(1e-6))
+    assert (fit.refault_s, fit.spread) == (pytest.approx(3e-6), pytest.approx(0))
+
+
+def test_calibrate_gives_the_pages_back() -> None:
+    """It really punches: what was discarded has to be faulted in again."""
+    fits = calibrate.measure(4, Random(1), time.perf_counter_ns)  # noqa: S311 - an order of turns
+    assert "memfd" in fits
+    assert all(fit.refault_s > 0 for fit in fits.values())
+
+
+def test_mail_profile_gives_the_boot_times() -> None:
+    """The three times of the mail come out of its prices, for its conversions."""
+    prices, transactions = mail_2022(), 5100
+    discard = prices.discard_call + prices.discard_page + prices.refault_page
+    base = 32 + 2 * transactions * prices.conversion
+    assert base + 2 * transactions * discard == pytest.approx(103)
+    assert base + transactions * discard == pytest.approx(68)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[prices]\n", "[prices]\nconversion = -1\n", "not toml", "prices = 3\n"],
+    ids=range(5),
+)
+def test_bad_price_files_have_a_hint(tmp_path: Path, text: str) -> None:
+    """The file is named, and what writes one."""
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.toml") as caught:
+        find_profile(str(path))
+    assert "calibrate" in caught.value.hint
+
+
+def test_every_workload_says_what_it_is() -> None:
+    """For the list that an operator chooses from."""
+    assert all(workload.summary for workload in WORKLOADS.values())
