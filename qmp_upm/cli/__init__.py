@@ -7,7 +7,18 @@ from typing import Annotated, NoReturn
 import typer
 
 import qmp_upm
-from qmp_upm.cli import calibrate, config, control, doctor, plugin, record, run, simulate, top
+from qmp_upm.cli import (
+    advise,
+    calibrate,
+    config,
+    control,
+    doctor,
+    plugin,
+    record,
+    run,
+    simulate,
+    top,
+)
 from qmp_upm.errors import ConfigError, QmpUpmError
 
 EXIT_CONFIG = 78
@@ -32,6 +43,7 @@ app.command("reload")(control.reload)
 app.add_typer(plugin.app, name="plugin")
 app.add_typer(config.app, name="config")
 app.command("simulate")(simulate.simulate)
+app.command("advise")(advise.advise)
 app.command("calibrate")(calibrate.calibrate)
 
 

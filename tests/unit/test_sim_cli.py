@@ -193,3 +193,29 @@ def test_bad_price_files_have_a_hint(tmp_path: Path, text: str) -> None:
 def test_every_workload_says_what_it_is() -> None:
     """For the list that an operator chooses from."""
     assert all(workload.summary for workload in WORKLOADS.values())
+
+
+def test_advise_explains_itself(trace: Path) -> None:
+    """The policy as a line of configuration, what it saves and holds, and how sure that is."""
+    result = qmp_upm("advise", "--trace", str(trace))
+    assert result.returncode == 0, result.stderr
+    for word in ("policy = { name =", "saves", "holds", "draws from 12 windows"):
+        assert word in result.stdout
+
+
+def test_advise_gives_json(trace: Path) -> None:
+    """An advice for each profile: free discards are made at once, dear ones are not."""
+    arguments = ("--profile", "free", "--profile", "mail-2022", "--json")
+    result = qmp_upm("advise", "--trace", str(trace), *arguments)
+    free, dear = json.loads(result.stdout)
+    assert (free["policy"], free["saved_seconds"], free["mean_stale_bytes"]) == ("eager", 0, 0)
+    assert dear["policy"] != "eager"
+    assert dear["saved_seconds"] > 60
+    assert dear["verdict"] in ("sure", "likely", "unsure")
+    assert 0 <= dear["support"]["bootstrap"] <= 1 <= dear["support"]["halves"]
+
+
+def test_advise_refuses_what_is_no_trace() -> None:
+    """With a hint."""
+    result = qmp_upm("advise", "--trace", "/dev/null")
+    assert (result.returncode, "hint: " in result.stderr) == (1, True)
