@@ -18,11 +18,34 @@ from qmp_upm.paths import CONTROL_SOCKET
 if TYPE_CHECKING:
     from qmp_upm.stats import VmView
 
+
+def _complete_vm(context: typer.Context, incomplete: str) -> list[str]:
+    """The names of the VMs that a daemon has; a shell that completes is not told of errors."""
+    try:
+        vms = _ask(context.params.get("socket") or CONTROL_SOCKET, "query-vms")
+    except ControlError:
+        return []
+    return [vm["name"] for vm in vms if vm["name"].startswith(incomplete)]
+
+
+def _complete_policy(incomplete: str) -> list[str]:
+    """The policies that are installed here."""
+    from importlib.metadata import entry_points  # noqa: PLC0415 - only for completion
+
+    names = (entry.name for entry in entry_points(group="qmp_upm.policies"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 Socket = Annotated[
     Path, typer.Option("--socket", envvar="QMP_UPM_SOCKET", help="The daemon's control socket.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
-Vm = Annotated[str, typer.Argument(help="The VM's name, as 'qmp-upm status' shows it.")]
+Vm = Annotated[
+    str,
+    typer.Argument(
+        help="The VM's name, as 'qmp-upm status' shows it.", autocompletion=_complete_vm
+    ),
+]
 
 
 class Side(StrEnum):
@@ -94,7 +117,10 @@ def show(vm: Vm, socket: Socket = CONTROL_SOCKET, as_json: AsJson = False) -> No
 
 def set_policy(
     vm: Vm,
-    policy: Annotated[str, typer.Argument(help="As 'qmp-upm policies' lists it.")],
+    policy: Annotated[
+        str,
+        typer.Argument(help="As 'qmp-upm policies' lists it.", autocompletion=_complete_policy),
+    ],
     parameters: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The policy's parameters.")
     ] = None,

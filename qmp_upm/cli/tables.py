@@ -4,7 +4,9 @@
 Names and errors come from QEMU: what could steer a terminal is taken out, and nothing is markup.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,7 +15,7 @@ from rich.text import Text
 
 from qmp_upm.protocol import Copy
 from qmp_upm.stats import State, VmStats, VmView
-from qmp_upm.units import format_duration, format_size
+from qmp_upm.units import NSEC, format_duration, format_seconds, format_size
 
 _CALM = {State.ATTACHED: "green", State.CONNECTING: "dim", State.STOPPED: "dim"}
 
@@ -27,7 +29,7 @@ def new_table(
     texts: Iterable[str], words: Iterable[str] = (), numbers: Iterable[str] = ()
 ) -> Table:
     """A table without lines. Where there is no room, ``texts`` give way, the others do not."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for name in texts:
         table.add_column(name, overflow="fold")
     for name in words:
@@ -102,7 +104,8 @@ def vm(view: VmView, settings: Iterable[Mapping[str, object]], now: float) -> Re
         grid.add_row(name, plain(text))
     table = new_table(("SETTING", "VALUE", "FROM"))
     for setting in settings:
-        table.add_row(*(plain(setting[key]) for key in ("key", "value", "source")))
+        value = json.dumps(setting["value"])
+        table.add_row(plain(setting["key"]), plain(value), plain(setting["source"]))
     return Group(grid, "", table) if table.row_count else grid
 
 
@@ -122,7 +125,7 @@ def _facts(view: VmView, now: float) -> Iterator[tuple[str, str]]:
     used = format_share(total / view.budget_bytes if view.budget_bytes else None)
     yield "budget", f"{format_size(view.budget_bytes)}, used: {used}"
     sides = ", ".join(f"{copy} {format_size(stale[copy])}" for copy in Copy)
-    yield "stale", f"{sides}; at most {format_size(stats.peak_stale_bytes)}"
+    yield "stale", f"{sides}; peak {format_size(stats.peak_stale_bytes)}"
     for copy in Copy:
         yield (
             f"to {copy}",
@@ -172,17 +175,14 @@ def _discards(stats: VmStats, copy: Copy) -> str:
 
 
 def _times(histogram: Sequence[int]) -> str:
-    return f"half below {_quantile(histogram, 0.5)}, 99 % below {_quantile(histogram, 0.99)}"
+    if not any(histogram):
+        return "-"
+    half, most = (format_seconds(_quantile_ns(histogram, share) / NSEC) for share in (0.5, 0.99))
+    return f"half below {half}, 99 % below {most}"
 
 
-def _quantile(histogram: Sequence[int], share: float) -> str:
-    """The end of the bucket that reaches this share of a histogram by powers of two of ns."""
-    wanted, seen = share * sum(histogram), 0
-    for i, count in enumerate(histogram):
-        seen += count
-        if count and seen >= wanted:
-            nanoseconds = 2 ** (i + 1)
-            for unit, size in (("ns", 1), ("µs", 10**3), ("ms", 10**6), ("s", 10**9)):
-                if nanoseconds < 1000 * size or unit == "s":
-                    return f"{nanoseconds / size:.3g} {unit}"
-    return "-"
+def _quantile_ns(histogram: Sequence[int], share: float) -> int:
+    """The end of the bucket in which this share is reached; `qmp_upm.stats.BUCKETS` says which."""
+    wanted = share * sum(histogram)
+    reached = next(i for i, seen in enumerate(accumulate(histogram)) if seen >= wanted)
+    return 1 << (reached + 1)

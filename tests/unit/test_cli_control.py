@@ -289,18 +289,32 @@ def test_completion(shell: str) -> None:
     assert "_QMP_UPM_COMPLETE" in script.stdout
 
 
-def test_completion_of_commands() -> None:
-    """As bash asks for it."""
-    result = subprocess.run(
-        [PROGRAM],
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("set-", ["set-policy", "set-budget"]),
+        ("show ", ["db", "web"]),
+        ("flush d", ["db"]),
+        ("flush db --copy ", ["private", "shared"]),
+        ("set-policy db la", ["lazy"]),
+    ],
+)
+async def test_completion_knows_the_words(
+    server: ControlServer, words: str, found: list[str]
+) -> None:
+    """Commands, choices, policies, and the VMs of the daemon, as bash asks for them."""
+    process = await asyncio.create_subprocess_exec(
+        PROGRAM,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=dict(
             os.environ,
+            QMP_UPM_SOCKET=str(server.path),
             _QMP_UPM_COMPLETE="complete_bash",
-            COMP_WORDS="qmp-upm set-",
-            COMP_CWORD="1",
+            COMP_WORDS=f"qmp-upm {words}",
+            COMP_CWORD=str(len(f"{words}x".split())),
         ),
     )
-    assert result.stdout.split() == ["set-policy", "set-budget"]
+    async with asyncio.timeout(30):
+        out, errors = await process.communicate()
+    assert (out.decode().split(), errors) == (found, b"")
