@@ -3,8 +3,8 @@
 
 The daemon reads when the plugin rings, at most once in ``notify_ns``; when the policy asked to be
 woken; and to renew the lease. What it reads it enters in the ledger; then it asks the policy, sets
-the modes and hands on the discards. A recorded trace says when the daemon read; a replay reads at
-the same times, and so gives the policy the same batches.
+the modes and hands on the discards. A recorded trace says when the daemon read something; a replay
+reads at the same times, and so gives the policy the same batches.
 """
 
 from collections.abc import Iterator
@@ -90,10 +90,22 @@ def replay(
 ) -> Outcome:
     """The whole timeline. Raises PolicyError if the policy returns what is no decision."""
     run = _Run(timeline, policy, budget_bytes)
-    reads = iter(timeline.reads) if timeline.reads else _reads(run, rules)
+    reads = _recorded_reads(run) if timeline.reads else _reads(run, rules)
     for high, now_ns in reads:
         run.read(high, now_ns)
     return run.finish()
+
+
+def _recorded_reads(run: "_Run") -> Iterator[tuple[int, int]]:
+    """As when the trace was recorded; between, the policy is woken when it asks to be."""
+    now_ns = run.timeline.start_ns
+    for high, time_ns in (*run.timeline.reads, (None, run.timeline.end_ns)):
+        while run.wake_ns is not None and max(run.wake_ns, now_ns + SOONEST_NS) < time_ns:
+            now_ns = max(run.wake_ns, now_ns + SOONEST_NS)
+            yield run.at, now_ns
+        now_ns = max(now_ns, time_ns)
+        if high is not None:
+            yield high, now_ns
 
 
 def _reads(run: "_Run", rules: Rules) -> Iterator[tuple[int, int]]:

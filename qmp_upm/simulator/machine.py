@@ -3,9 +3,9 @@
 
 The rules are those of ``plugin/convert.c`` and ``plugin/worker.c``: a conversion withdraws the copy
 that becomes live; it then defers the discard of the other if its mode says so and the budget has
-room for all of the range that is not stale already, or else discards it at once, whole, with one
-hole punch; a discard on request is made in punches of 512 neighbouring pages at most. What a real
-plugin needs time for takes none here.
+room for all of the range that is not stale already, or else discards all of it at once. Discards
+are made in hole punches of 512 neighbouring pages at most. What a real plugin needs time for takes
+none here.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,7 @@ import numpy as np
 
 from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.protocol import Copy
-from qmp_upm.simulator.timeline import Flags, Ints, Timeline
-
-PUNCH_PAGES = 512
+from qmp_upm.simulator.timeline import PUNCH_PAGES, Flags, Ints, Timeline
 
 
 @dataclass
@@ -178,7 +176,7 @@ class Machine:
         account.deferred_pages += given - int(same[deferred].sum())
         account.superseded_pages += int(same[~deferred].sum())
         account.inline_pages += int(pages.sum()) - given
-        account.inline_calls += int((~step.deferred).sum())
+        account.inline_calls += int(line.record_calls[low:high][~step.deferred].sum())
         last = line.touch_after[touches] >= touches.stop
         extent = line.touch_extent[touches][last]
         self._held[extent] = np.where(deferred, pages, 0)[last]

@@ -22,6 +22,8 @@ from qmp_upm.units import NSEC
 
 TOUCHES_MOST = 1 << 25
 """More than that is refused: it would take above 1.5 GiB of memory."""
+PUNCH_PAGES = 512
+"""Pages of the longest hole punch: CHUNK_PAGES of ``plugin/upm.h``."""
 NEVER = np.iinfo(np.int32).max
 """The next touch of an extent that is not touched again."""
 DENSE_MOST = 1 << 22
@@ -90,10 +92,11 @@ class Timeline:
         )
 
     @classmethod
-    def of_trace(cls, trace: Trace) -> Self:
-        """A recorded trace, read at the times at which it was."""
+    def of_trace(cls, trace: Trace, quiet_ns: int = 0) -> Self:
+        """A recorded trace, read when it was read then, and ``quiet_ns`` of nothing after."""
         reads = tuple(zip(trace.ends, trace.times_ns, strict=True))
-        return cls(trace.records, reads=reads, dropped=trace.dropped)
+        end_ns = reads[-1][1] + quiet_ns if reads else None
+        return cls(trace.records, end_ns, reads, trace.dropped)
 
     @property
     def conversions(self) -> int:
@@ -110,16 +113,24 @@ class Timeline:
         return slice(int(self.first_touch[low]), int(self.first_touch[high]))
 
     @cached_property
-    def run_pages(self) -> dict[bool, Ints]:
-        """For each extent, how many pages in a row are ever stale in a copy (key: private).
+    def record_calls(self) -> Ints:
+        """Hole punches of each record if nothing is deferred: neighbours were converted singly."""
+        count = np.maximum(self.records["count"].astype(np.int64), 1)
+        pages: Ints = self.records["size"] // PAGE_BYTES
+        calls: Ints = count * -(-pages // (count * PUNCH_PAGES))
+        return calls
 
-        No hole punch that discards the extent can discard more.
+    @cached_property
+    def run_pages(self) -> dict[bool, Ints]:
+        """For each extent, the most pages of a hole punch that discards it (key: private).
+
+        There are no more in a row that are ever stale in this copy.
         """
         runs = {}
         for private in (False, True):
             left = np.zeros(len(self.extents.pages), dtype=bool)
             left[self.touch_extent[self.touch_private != private]] = True
-            runs[private] = _run_pages(self.extents, left)
+            runs[private] = np.minimum(_run_pages(self.extents, left), PUNCH_PAGES)
         return runs
 
 

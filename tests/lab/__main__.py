@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         help="SIGKILL, S seconds after the guest starts",
     )
     run.add_argument("--no-plugin", action="store_true")
+    run.add_argument("--record", action="store_true", help="a trace for qmp-upm simulate")
     compare = commands.add_parser("compare", help="every policy on one workload, twice")
     torture = commands.add_parser(
         "torture", help="random conversions on several vCPUs, disturbed at random"
@@ -141,6 +142,7 @@ def main() -> int:
                 kill_daemon_after=args.kill_daemon_after,
                 plugin=not args.no_plugin,
                 qemu_root=args.qemu_root,
+                record=args.record,
             )
             result = run_scenarios([scenario], args.out)[0]
             print(json.dumps(result)) if args.json else print_result(result)

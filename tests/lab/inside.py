@@ -71,6 +71,7 @@ class Run:
         self.daemon_log = out / f"{scenario.name}.log"
         self.qemu_log = out / f"{scenario.name}.qemu.log"
         self.telemetry = out / f"{scenario.name}.jsonl"
+        self.trace = out / f"{scenario.name}.trace"
         self.max_stale = 0
         self.killed = False
 
@@ -155,6 +156,27 @@ class Run:
         if not self.scenario.plugin:
             return '"refused"' in self.daemon_log.read_text(encoding="utf-8")
         return bool(self.query()["lease"]["ms"])
+
+    def start_recording(self) -> None:
+        """``qmp-upm record`` beside the daemon, from before the guest's first conversion on."""
+        log = self.out / f"{self.scenario.name}.record.log"
+        with log.open("wb") as file:
+            self.recorder = subprocess.Popen(
+                [
+                    str(Path(sys.executable).with_name("qmp-upm")),
+                    *("record", self.scenario.name, "--force", "--output", str(self.trace)),
+                    *("--socket", f"{self.work}/daemon.sock.control"),
+                ],
+                stderr=file,
+            )
+        if not wait_until(lambda: "recording" in log.read_text("utf-8"), START_SECONDS):
+            raise RuntimeError(f"nothing is recorded: {log.read_text('utf-8')}")
+
+    def stop_recording(self) -> None:
+        """Everything is in the file when the recorder has ended."""
+        self.recorder.send_signal(signal.SIGINT)
+        if code := self.recorder.wait(START_SECONDS):
+            raise RuntimeError(f"qmp-upm record ended with {code}")
 
     def query(self) -> dict[str, Any]:
         """The plugin's state; remembers the most stale bytes seen."""
@@ -250,6 +272,8 @@ class Run:
         s = self.scenario
         self.start_qemu()
         self.start_daemon()
+        if s.record:
+            self.start_recording()
         version = self.monitor.cmd("query-version")["qemu"]
         guest = self.guest()
         result: dict[str, Any] = {
@@ -267,6 +291,9 @@ class Run:
         }
         if s.plugin:
             result |= self._plugin_result(self.settle())
+        if s.record:
+            self.stop_recording()
+            result["trace_file"] = self.trace.name
         result["shared_allocated_bytes"] = self.shared_bytes()
         code, cpu = self.stop_daemon()
         result |= {"daemon_exit": code, "daemon_cpu_seconds": round(cpu, 3)}
@@ -311,7 +338,8 @@ class Run:
 
     def close(self) -> None:
         """Leaves nothing running."""
-        for process in (getattr(self, "daemon", None), getattr(self, "qemu", None)):
+        for name in ("recorder", "daemon", "qemu"):
+            process = getattr(self, name, None)
             if process and process.returncode is None:
                 process.kill()
                 process.wait()

@@ -68,7 +68,9 @@ def run_scenarios(scenarios: list[Scenario], out: Path) -> list[dict[str, Any]]:
         if not file.exists():
             tail = "\n".join(console.read_text(errors="replace").splitlines()[-20:])
             raise LabError(f"{scenario.name} gave no result:\n{tail}\nhint: see {console}")
-        results.append(json.loads(file.read_text(encoding="utf-8")) | {"kvm": kvm_used()})
+        results.append(
+            json.loads(file.read_text(encoding="utf-8")) | {"kvm": kvm_used(), "folder": str(out)}
+        )
     return results
 
 

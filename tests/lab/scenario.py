@@ -12,7 +12,7 @@ LEASE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Scenario:
-    """One guest under one policy. ``flips`` 0: the workload's own number."""
+    """One guest under one policy. ``flips`` 0: the workload's own number. ``record`` a trace."""
 
     policy: str = "eager"
     workload: str = "ovmf"
@@ -22,6 +22,7 @@ class Scenario:
     kill_daemon_after: float | None = None
     plugin: bool = True
     qemu_root: str = ""
+    record: bool = False
     name: str = field(default="run")
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The simulator against the rest of qmp-upm: the plugin's rules, and a session's decisions."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmp_upm.config import VmSettings
+from qmp_upm.pages import PAGE_BYTES, PageSet
+from qmp_upm.policy import Batch, Decision, LedgerView, Policy, Pressure, make_policy
+from qmp_upm.protocol import Copy
+from qmp_upm.records import make_records
+from qmp_upm.rotation import CappedDirectory
+from qmp_upm.simulator.engine import _Run
+from qmp_upm.simulator.machine import Machine
+from qmp_upm.simulator.timeline import Timeline
+from qmp_upm.telemetry import TelemetryWriter
+from qmp_upm.testing import FakePlugin, FakeVm
+from qmp_upm.vm import Session
+
+REGION_PAGES = 4096
+
+Act = tuple[str, int, int, bool]
+acts = st.lists(
+    st.tuples(
+        st.sampled_from(["convert", "convert", "convert", "modes", "discard"]),
+        st.integers(0, 40),
+        st.sampled_from([1, 2, 5, 20, 600, 1100]),
+        st.booleans(),
+    ),
+    max_size=40,
+)
+
+
+def both(plugin: FakePlugin, name: str) -> int:
+    """A counter of the plugin, of both copies, in pages."""
+    return sum(plugin.ledger.counters[f"{name}-bytes-{copy}"] for copy in Copy) // PAGE_BYTES
+
+
+@given(script=acts, budget=st.sampled_from([0, 3, 40, 700, 1 << 20]))
+@settings(max_examples=150, deadline=None)
+def test_machine_counts_as_the_plugin_does(script: list[Act], budget: int) -> None:
+    """Conversions, modes and discards in any order: the same deferred, reused and discarded bytes.
+
+    The plugin here is the one of qmp_upm.testing, which is checked against the real one.
+    """
+    rows = [
+        (1, 10 * first * PAGE_BYTES, pages * PAGE_BYTES, int(private), 0, 0, 1)
+        for what, first, pages, private in script
+        if what == "convert"
+    ]
+    if not rows:
+        return
+    machine = Machine(Timeline(make_records(rows)), budget * PAGE_BYTES)
+    plugin = FakePlugin({"ram": REGION_PAGES * PAGE_BYTES}, clock_ns=lambda: 0)
+    plugin.ledger.budget = budget * PAGE_BYTES
+    at = 0
+    for what, first, pages, flag in script:
+        if what == "convert":
+            offset, size = 10 * first * PAGE_BYTES, pages * PAGE_BYTES
+            plugin.convert(1, offset, size, to_private=flag)
+            machine.convert(at, at + 1)
+            at += 1
+        elif what == "modes":
+            copy = Copy.PRIVATE if flag else Copy.SHARED
+            machine.deferred ^= {copy}
+            plugin.ledger.deferring[copy] = not plugin.ledger.deferring[copy]
+        else:
+            _discard_all(machine, plugin, Copy.PRIVATE if flag else Copy.SHARED)
+    account, ledger = machine.account, plugin.ledger
+    assert machine.stale_pages == ledger.stale_pages
+    assert account.peak_pages == ledger.peak_pages
+    assert account.deferred_pages == both(plugin, "deferred")
+    assert account.reused_pages == both(plugin, "reused")
+    assert account.inline_pages == both(plugin, "inline")
+    assert account.superseded_pages == both(plugin, "superseded")
+    assert account.requested_pages == both(plugin, "requested")
+    assert account.inline_calls + account.requested_calls == ledger.counters["discards"]
+
+
+def _discard_all(machine: Machine, plugin: FakePlugin, copy: Copy) -> None:
+    """Everything that is stale of a copy, by request."""
+    machine.discard(PageSet({1: plugin.ledger.regions[1].stale[copy].copy()}))
+    at: int | None = 0
+    while at is not None:
+        at = plugin.ledger.discard(1, copy, at, REGION_PAGES, "requested")
+
+
+class Listener(Policy):
+    """Passes everything on to a policy, and remembers what was asked and decided."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.parameters)
+        self.policy = policy
+        self.asked: list[tuple[Batch, int]] = []
+        self.decided: list[tuple[object, ...]] = []
+
+    def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
+        """As the policy does."""
+        decision = self.policy.decide(batch, ledger, now_ns, pressure)
+        self.asked.append((batch, now_ns))
+        discards = [(d.copy, d.reason, tuple(d.pages.ranges())) for d in decision.discards]
+        self.decided.append((decision.defer, discards))
+        return decision
+
+
+@contextlib.asynccontextmanager
+async def live(folder: Path, plugin: FakePlugin, policy: Policy) -> AsyncIterator[Session]:
+    """A session with this policy, attached to a fake VM."""
+    table = VmSettings.model_validate({"notify": "1 ms", "lease": "0.3 s", "budget": "1 GiB"})
+    telemetry = TelemetryWriter(CappedDirectory(folder, 1 << 20, 4 << 20)).of("guest")
+    async with FakeVm(plugin).listening(folder / "sock"):
+        session = Session("guest", str(folder / "sock"), table, telemetry)
+        session._policy = policy
+        task = asyncio.create_task(session.run())
+        async with asyncio.timeout(20):
+            while session.state != "attached":  # noqa: ASYNC110 - states have no event
+                await asyncio.sleep(0.005)
+        yield session
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("eager", {"copies": "shared"}),
+        ("batched", {"max_bytes": "256 KiB", "max_delay": "1 h"}),
+        ("lazy", {"max_age": "1 h", "high": 0.0005, "low": 0.0002}),
+    ],
+)
+async def test_live_and_simulated_decisions_are_the_same(
+    tmp_path: Path, name: str, parameters: dict[str, Any]
+) -> None:
+    """A session decides over its VM; the simulator, given what the guest did, decides alike."""
+    listener, rng = Listener(make_policy(name, parameters)), random.Random(5)  # noqa: S311
+    plugin = FakePlugin({"ram": REGION_PAGES * PAGE_BYTES})
+    async with live(tmp_path, plugin, listener):
+        for _ in range(60):
+            for _ in range(rng.randrange(40)):
+                offset = rng.randrange(REGION_PAGES - 8) * PAGE_BYTES
+                size = rng.randrange(1, 9) * PAGE_BYTES
+                plugin.convert(1, offset, size, to_private=rng.random() < 0.5)
+            await asyncio.sleep(0.002)
+        made = sum(len(batch) for batch, _ in listener.asked)
+        async with asyncio.timeout(20):
+            while made < plugin.ledger.ring.head:
+                await asyncio.sleep(0.005)
+                made = sum(len(batch) for batch, _ in listener.asked)
+    asked = [(batch, now) for batch, now in listener.asked if len(batch)]
+    assert len(asked) > 10
+    again = Listener(make_policy(name, parameters))
+    run = _Run(Timeline(np.concatenate([batch.records for batch, _ in asked])), again, 1 << 30)
+    first_ns = asked[0][1]
+    for batch, now_ns in listener.asked:
+        if now_ns >= first_ns:
+            run.read(run.at + len(batch), now_ns)
+    expected = listener.decided[-len(again.decided) + 1 :]
+    assert again.decided[1:] == expected
+    assert name == "eager" or any(discards for _, discards in expected)
