@@ -52,7 +52,7 @@ class KvmAttributes:
         self, monitor: Monitor, settings: Settings, first_id: int, clock: Callable[[], float]
     ) -> None:
         self._monitor = monitor
-        self._settings = settings
+        self.settings = settings
         self._next_id = first_id
         self._clock = clock
         self._waiting: deque[Request] = deque()
@@ -65,10 +65,10 @@ class KvmAttributes:
             "x-upm-configure",
             {copy.value: "defer" if copy in defer else "eager" for copy in Copy}
             | {
-                "budget": self._settings.budget_bytes,
-                "lease-ms": self._settings.lease_ms,
+                "budget": self.settings.budget_bytes,
+                "lease-ms": self.settings.lease_ms,
                 "on-lease-expiry": "eager",
-                "notify-ms": self._settings.notify_ms,
+                "notify-ms": self.settings.notify_ms,
             },
         )
         self.deferred = defer

@@ -32,7 +32,7 @@ class _Client(BoundedClient):
 class ControlClient:
     """A session with the daemon; `connect` makes one."""
 
-    def __init__(self, client: BoundedClient, queue: EventQueue) -> None:
+    def __init__(self, client: BoundedClient, queue: EventQueue[Message]) -> None:
         self._client, self._queue = client, queue
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
@@ -67,7 +67,7 @@ class ControlClient:
 @asynccontextmanager
 async def connect(path: Path) -> AsyncIterator[ControlClient]:
     """A session with the daemon at this socket."""
-    queue = EventQueue("")
+    queue = EventQueue(lambda event: event)
     client = _Client(queue)
     try:
         async with asyncio.timeout(CONNECT_SECONDS):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon: a supervised task for each VM, until a signal."""
+"""The daemon: the host's VMs, and what is around them, until a signal."""
 
 import asyncio
+import resource
 import signal
-import time
-from contextlib import closing
+from contextlib import AsyncExitStack, closing, suppress
 
 import structlog
 
@@ -16,24 +16,38 @@ from qmp_upm.exposition import pages
 from qmp_upm.host import Host
 from qmp_upm.looplag import LoopLag
 from qmp_upm.notify import Notifier, notifier
+from qmp_upm.pressure import PressureFiles
 from qmp_upm.stats import State
-from qmp_upm.vm import Session
 
-RESTART_SECONDS = 5.0
-TELEMETRY_SECONDS = 2.0
-"""How long the disk may take with the last lines."""
+TELEMETRY_SECONDS = 0.5
+"""How long the disk may take with the last lines, when the VMs have been left."""
 
 log = structlog.get_logger()
 
 
-async def _supervise(session: Session) -> None:
-    """A session that dies of a defect is seen, and begun again; the others go on."""
-    while True:
-        try:
-            await session.run()
-        except Exception:
-            log.exception("session-died", vm=session.name, hint="report this; it is tried again")
-        await asyncio.sleep(RESTART_SECONDS)
+class _Signals:
+    """What the process is told: to stop, and to reload."""
+
+    def __init__(self, host: Host, manager: Notifier) -> None:
+        self.stop = asyncio.Event()
+        self._host = host
+        self._manager = manager
+        self._reloads: set[asyncio.Task[None]] = set()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+
+    def _on_hangup(self) -> None:
+        task = asyncio.create_task(self._reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        self._manager.reloading()
+        with suppress(ConfigError):  # the host has logged it, and goes on as it was
+            await self._host.reload()
+        self._manager.ready(_status(self._host))
 
 
 def _status(host: Host) -> str:
@@ -41,33 +55,38 @@ def _status(host: Host) -> str:
     return f"{states.count(State.ATTACHED)} of {len(states)} VMs attached"
 
 
-async def _serve(config: Config, manager: Notifier) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    host = Host(config, time.time())
+async def _serve(config: Config, files: PressureFiles, manager: Notifier) -> None:
+    host = Host(config, files=files)
     lag = LoopLag()
-    exporter = Exporter(pages(host, lag, lambda: True))
-    await exporter.start(config.metrics.listen)
-    control = ControlServer(config.control.socket, host)
-    await control.start()
-    host.telemetry.start()
-    sessions = [asyncio.create_task(_supervise(session)) for session in host.sessions]
-    beating = asyncio.create_task(lag.run(lambda s: manager.beat(s, lambda: _status(host))))
-    manager.ready(_status(host))
-    log.info("started", vms=len(sessions), metrics_port=exporter.port)
-    await stop.wait()
-    manager.stopping()
-    await control.stop()
-    for task in (*sessions, beating):
-        task.cancel()
-    await asyncio.gather(*sessions, beating, return_exceptions=True)
-    await exporter.close()
-    await host.telemetry.close(TELEMETRY_SECONDS)
+    signals = _Signals(host, manager)
+    async with AsyncExitStack() as stack:
+        exporter = Exporter(pages(host, lag, lambda: host.ready))
+        stack.push_async_callback(exporter.close)
+        await exporter.start(config.metrics.listen)
+        control = ControlServer(config.control.socket, host)
+        stack.push_async_callback(control.stop)
+        await control.start()
+        host.telemetry.start()
+        stack.push_async_callback(host.telemetry.close, TELEMETRY_SECONDS)
+        host.start()
+        tasks = [
+            asyncio.create_task(host.run()),
+            asyncio.create_task(lag.run(lambda s: manager.beat(s, lambda: _status(host)))),
+            asyncio.create_task(signals.stop.wait()),
+        ]
+        manager.ready(_status(host))
+        log.info("started", vms=len(config.static), metrics_port=exporter.port)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        manager.stopping()
+        for task in tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
     log.info("stopped")
 
 
-def serve(config: Config) -> None:
+def serve(config: Config, files: PressureFiles) -> None:
     """Serve until SIGTERM or SIGINT.
 
     ConfigError if telemetry has nowhere to go, ControlError if another daemon serves the socket.
@@ -78,5 +97,7 @@ def serve(config: Config) -> None:
         raise ConfigError(
             f"telemetry.directory: {error}", hint="name a directory that this user may write"
         ) from error
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with closing(notifier()) as manager:
-        asyncio.run(_serve(config, manager))
+        asyncio.run(_serve(config, files, manager))

@@ -6,13 +6,23 @@ the daemon's event loop. A VM's state is touched by its session's task alone: wh
 posted to that task, and the answer awaited for a bounded time.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qmp_upm.config import Config
-from qmp_upm.errors import UnavailableError, UnknownVmError
+import structlog
+
+from qmp_upm.asks import Apply, Ask, Flush, SetBudget, SetPolicy
+from qmp_upm.budget import Balancer
+from qmp_upm.clock import Clock
+from qmp_upm.config import Config, PolicyTable
+from qmp_upm.configfile import load_config
+from qmp_upm.discovery import Discovery
+from qmp_upm.errors import ConfigError, UnavailableError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
+from qmp_upm.pressure import PressureFiles, watch_pressure
 from qmp_upm.protocol import Copy
+from qmp_upm.roster import Roster
 from qmp_upm.rotation import CappedDirectory
 from qmp_upm.settings import Setting, configured
 from qmp_upm.stats import State, VmView
@@ -21,6 +31,15 @@ from qmp_upm.trace import Block
 from qmp_upm.vm import Session
 
 __all__ = ["Host", "HostEvent", "HostEventName", "ReloadState", "Setting", "State", "Subscription"]
+
+ASK_SECONDS = 15.0
+"""How long a VM may take to do what is asked: an attempt to attach is not interrupted for it."""
+FLUSH_SECONDS = 60.0
+APPLY_SECONDS = 2.0
+"""How long a reload waits for VMs; those that take longer follow when they can."""
+REBALANCING = (HostEventName.VM_STATE, HostEventName.VM_ADDED, HostEventName.VM_REMOVED)
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -38,73 +57,197 @@ class ReloadState:
 class Host:
     """The daemon's API. Names are those of `vms`; an unknown one raises UnknownVmError."""
 
-    def __init__(self, config: Config, started: float) -> None:
+    def __init__(
+        self, config: Config, clock: Clock | None = None, files: PressureFiles | None = None
+    ) -> None:
+        self._clock = clock or Clock()
+        self._files = files or PressureFiles()
         self.config = config
-        self.reload_state = ReloadState(successful=True, time=started)
-        self._sessions: dict[str, Session] = {}
-        self._events: Publisher[HostEvent] = Publisher()
+        self.reload_state = ReloadState(successful=True, time=self._clock.wall())
+        self.events: Publisher[HostEvent] = Publisher()
         where = config.telemetry
         self.telemetry = TelemetryWriter(
             CappedDirectory(where.directory, where.file_size, where.total_size)
         )
-        for name, socket in config.static.items():
-            settings = config.settings_of(name)
-            self._sessions[name] = Session(name, socket, settings, self.telemetry.of(name))
+        self.roster = Roster(lambda: self.config, self.telemetry, self._publish, self._clock)
+        self._balancer = Balancer(
+            self.roster.sessions, lambda: self.config.host.budget, self._clock
+        )
+        self._discovery = Discovery()
+        self._looked = False
+        self._reloading = asyncio.Lock()
 
     @property
     def sessions(self) -> Iterable[Session]:
-        """For the daemon, which runs them."""
-        return self._sessions.values()
+        """All of them, to look at."""
+        return self.roster.sessions()
+
+    @property
+    def ready(self) -> bool:
+        """Whether all VMs that there were at the start have been tried."""
+        states = (session.state for session in self.sessions)
+        return self._looked and State.CONNECTING not in states
+
+    def start(self) -> None:
+        """Begin to look after the VMs that the configuration names. `run` does the rest."""
+        for name, socket in self.config.static.items():
+            self.roster.add(socket, name)
+
+    async def run(self) -> None:
+        """Find VMs and follow what changes until cancelled; then leave them all fail-safe."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._discover())
+                tasks.create_task(self._balancer.run())
+                tasks.create_task(
+                    watch_pressure(
+                        self._files,
+                        self.roster.sessions,
+                        lambda: self.config.host.pressure_interval,
+                    )
+                )
+        finally:
+            await self.roster.remove(*self.roster.sessions())
+            self.events.close()
 
     def vms(self) -> list[VmView]:
         """All VMs, by name."""
-        return [self._sessions[name].view() for name in sorted(self._sessions)]
+        return [self.roster[name].view() for name in sorted(self.roster.by_name)]
 
     def vm(self, name: str) -> VmView:
         """One VM."""
-        return self._session(name).view()
+        return self.roster[name].view()
 
     async def set_policy(self, name: str, policy: str, parameters: Mapping[str, object]) -> None:
         """Swap a VM's policy; the ledger stays.
 
-        ConfigError if there is no such policy, or not with these parameters.
+        ConfigError if there is no such policy, or not with these parameters. UnavailableError if
+        the VM does not answer in time.
         """
-        raise self._unavailable(name, f"set the policy {policy} with {len(parameters)} parameters")
+        session = self.roster[name]
+        if "name" in parameters:
+            raise ConfigError(
+                "a policy has no parameter 'name'", hint="the policy is named by itself"
+            )
+        table = PolicyTable.model_validate({"name": policy} | dict(parameters))
+        table.make()
+        await self._ask(session, SetPolicy(table), ASK_SECONDS)
 
     async def set_budget(self, name: str, budget_bytes: int | None) -> None:
         """Change a VM's budget; None goes back to the configuration's."""
-        raise self._unavailable(name, f"set the budget to {budget_bytes}")
+        if budget_bytes is not None and not 0 <= budget_bytes < 1 << 63:
+            raise ConfigError(f"a budget of {budget_bytes} bytes", hint="0 or more, below 2^63")
+        await self._ask(self.roster[name], SetBudget(budget_bytes), ASK_SECONDS)
+        self._balancer.want()
 
     async def flush(self, name: str, copy: Copy | None = None) -> int:
         """Give a VM's stale copies back now, of one side or both; returns the bytes.
 
         UnavailableError if the VM is not attached, or does not finish in time.
         """
-        raise self._unavailable(name, f"flush {copy or 'both copies'}")
+        return await self._ask(self.roster[name], Flush(copy), FLUSH_SECONDS)
 
     async def reload(self) -> None:
         """Load the configuration anew. ConfigError: nothing has changed."""
-        raise UnavailableError("the daemon can't reload", hint="restart it")
+        async with self._reloading:
+            try:
+                config = await asyncio.to_thread(self._load)
+            except ConfigError as error:
+                self.reload_state = replace(
+                    self.reload_state, successful=False, error=error.message
+                )
+                log.error("reload-failed", error=error.message, hint=error.hint)  # noqa: TRY400 - an operator's error
+                self._publish(
+                    HostEvent(HostEventName.CONFIG_REJECTED, None, {"error": error.message})
+                )
+                raise
+            await self._take(config)
+            self.reload_state = ReloadState(successful=True, time=self._clock.wall())
+            log.info("reloaded", vms=len(self.roster.by_name))
+            self._publish(HostEvent(HostEventName.CONFIG_RELOADED, None))
 
     def config_of(self, name: str) -> list[Setting]:
         """What applies to a VM, and from where."""
-        self._session(name)
-        return configured(self.config, name)
+        guest = self.roster[name].guest
+        settings = {setting.key: setting for setting in configured(self.config, name)}
+        if guest.chosen_policy is not None:
+            value = guest.chosen_policy.model_dump(mode="json")
+            settings["policy"] = Setting("policy", value, "command set-policy")
+        if guest.chosen_budget is not None:
+            settings["budget"] = Setting("budget", guest.chosen_budget, "command set-budget")
+        if guest.share is not None:
+            settings["share"] = Setting("share", guest.share, "part of [host] budget")
+        return list(settings.values())
 
     def subscribe(self) -> Subscription[HostEvent]:
         """The events from now on."""
-        return self._events.subscribe()
+        return self.events.subscribe()
 
     def record(self, name: str) -> Subscription[Block]:
         """A VM's conversions from now on; close it to stop."""
-        return self._session(name).batches.subscribe()
+        return self.roster[name].guest.batches.subscribe()
 
-    def _session(self, name: str) -> Session:
-        if name not in self._sessions:
-            known = ", ".join(sorted(self._sessions)[:8]) or "none"
-            raise UnknownVmError(f"there is no VM {name!r}", hint=f"known: {known}")
-        return self._sessions[name]
+    def _publish(self, event: HostEvent) -> None:
+        self.events.put(event)
+        if event.name in REBALANCING:
+            self._balancer.want()
 
-    def _unavailable(self, name: str, what: str) -> UnavailableError:
-        self._session(name)
-        return UnavailableError(f"cannot {what} of {name}", hint="restart the daemon")
+    async def _ask(self, session: Session, ask: Ask, seconds: float) -> int:
+        try:
+            async with asyncio.timeout(seconds):
+                return await session.ask(ask)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"{session.name} did not do it within {seconds:.0f} s: {session.state}",
+                hint="the log says what is the matter with it; nothing has been changed",
+            ) from error
+
+    async def _discover(self) -> None:
+        while True:
+            statics = self.config.static.values()
+            changes = self._discovery.look(self.config.discovery, statics)
+            by_socket = {session.socket: session for session in self.roster.sessions()}
+            for socket in changes.came:
+                if socket not in by_socket:
+                    self.roster.add(socket)
+            gone = [
+                by_socket[socket]
+                for socket in by_socket.keys() - self._discovery.found
+                if socket not in statics and by_socket[socket].state is not State.ATTACHED
+            ]
+            await self.roster.remove(*gone)
+            for socket in changes.renewed:
+                if socket in by_socket and by_socket[socket] not in gone:
+                    by_socket[socket].hurry()
+            self._looked = True
+            await asyncio.sleep(self.config.host.discovery_interval)
+
+    def _load(self) -> Config:
+        if self.config.origins.main is None:
+            raise ConfigError("the configuration is from no file", hint="start with --config")
+        config = load_config(self.config.origins.main)
+        for key in ("telemetry", "control", "metrics"):
+            if getattr(config, key) != getattr(self.config, key):
+                log.warning("not-reloaded", table=key, hint="restart the daemon for this table")
+        return config
+
+    async def _take(self, config: Config) -> None:
+        """Make it so: VMs that it no longer names are left, new ones come, others are changed."""
+        before, self.config = self.config.static, config
+        await self.roster.remove(
+            *(
+                self.roster[name]
+                for name, socket in before.items()
+                if config.static.get(name) != socket
+            )
+        )
+        for name, socket in config.static.items():
+            if name not in self.roster.by_name:
+                self.roster.add(socket, name)
+        answers = [
+            session.ask(Apply(config.settings_of(session.name)))
+            for session in self.roster.sessions()
+        ]
+        if answers:
+            await asyncio.wait(answers, timeout=APPLY_SECONDS)
+        self._balancer.want()

@@ -82,6 +82,16 @@ class Ledger:
         """A set of its own with the pages of this copy that the last batch left stale."""
         return self._last.entered[copy].copy()
 
+    def bytes_of(self, copy: Copy) -> int:
+        """Bytes of one copy."""
+        return self._stale[copy].bytes
+
+    def converted(self) -> PageSet:
+        """A set of its own with the pages that the last batch converted."""
+        pages = self._last.last[Copy.PRIVATE].copy()
+        pages |= self._last.last[Copy.SHARED]
+        return pages
+
     def oldest_ns(self, copy: Copy) -> int | None:
         """When the oldest copy that is still stale became so; None if there is none."""
         front = self._front[copy]

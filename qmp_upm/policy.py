@@ -121,6 +121,15 @@ class Policy(ABC):
     def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
         """What to keep and what to discard. ``now_ns`` is the clock of the records and ages."""
 
+    def attached(self, ledger: LedgerView, now_ns: int) -> None:  # noqa: B027 - need not care
+        """The VM is there, perhaps again, and its ledger has just been read."""
+
+    def detached(self) -> None:  # noqa: B027
+        """The VM is gone, or the daemon leaves it."""
+
+    def swapped(self, previous: "Policy") -> None:  # noqa: B027
+        """This policy takes over from another, in mid-course and with the same ledger."""
+
 
 @cache
 def _installed() -> dict[str, EntryPoint]:

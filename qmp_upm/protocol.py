@@ -8,7 +8,7 @@ CLOCK_MONOTONIC.
 
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,11 @@ class Query(Message):
     regions: Annotated[list[Region], Field(max_length=512)]
     stale: Stale
     records: RecordLog
-    counters: Annotated[dict[str, Count], Field(max_length=256)]
+    counters: Annotated[dict[Annotated[str, Field(max_length=64)], Count], Field(max_length=256)]
+    latency_ns: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[list[Count], Field(max_length=64)]],
+        Field(max_length=16, default_factory=dict),
+    ]
 
 
 class Read(Message):
@@ -137,11 +141,31 @@ class CommandInfo(Message):
     name: str
 
 
-class Event(Message):
-    """Any event; ``data`` is read by the model of its name."""
+class BudgetReached(Message):
+    """Event X_UPM_BUDGET_REACHED: a discard went through that should have waited."""
 
-    event: Annotated[str, Field(max_length=128)]
-    data: Annotated[dict[str, Any], Field(default_factory=dict)]
+    stale: Count
+    budget: Count
+
+
+class Nudge(Message):
+    """An event that only says that something happened, X_UPM_CONVERSIONS or X_UPM_LEASE_EXPIRED."""
+
+
+class Event(NamedTuple):
+    """One of the plugin's events, and what it says."""
+
+    event: str
+    data: Message
+
+
+EVENTS: dict[str, type[Message]] = {
+    "X_UPM_CONVERSIONS": Nudge,
+    "X_UPM_DISCARDED": Discarded,
+    "X_UPM_LEASE_EXPIRED": Nudge,
+    "X_UPM_BUDGET_REACHED": BudgetReached,
+}
+"""Those that we know; others are ignored."""
 
 
 Model = TypeVar("Model", bound=Message)

@@ -7,27 +7,37 @@ own and only fill the queue of events.
 
 import asyncio
 import logging
+import socket
+import struct
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.events import EventListener
 from qemu.qmp.message import Message as WireMessage
 
-from qmp_upm.errors import CommandError, LinkError, MessageError
-from qmp_upm.protocol import Event, read_message
+from qmp_upm.errors import CommandError, LinkError, MessageError, PeerError, SilentError, TakenError
+from qmp_upm.protocol import EVENTS, Event, read_message
 
 CONNECT_SECONDS = 5.0
 EXECUTE_SECONDS = 10.0
+CLOSE_SECONDS = 1.0
+MESSAGE_BYTES_MOST = 2 << 20
+"""The longest message that is read: four times what the longest answer takes."""
 EVENTS_MOST = 1024
 """Events kept for the session; more are dropped and make it read everything again."""
 YIELD_EVERY = 64
 """Messages after which the reader lets others run: it does not wait while it has data."""
 
 # Why a session may end: RecursionError is JSON nested too deep.
-_BROKEN = (QMPError, OSError, EOFError, ValueError, RecursionError)
+_BROKEN = (QMPError, OSError, EOFError, ValueError, RecursionError, MessageError)
+
+Item = TypeVar("Item")
+
+_PEER = struct.Struct("3i")
+"""struct ucred: process, user, group."""
 
 _NAMES = TypeAdapter(list[dict[str, Any]])
 
@@ -35,29 +45,33 @@ _NAMES = TypeAdapter(list[dict[str, Any]])
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
-class EventQueue(EventListener):
-    """A bounded queue of the events whose names begin so; no history: the library's has no end."""
+class EventQueue(EventListener, Generic[Item]):
+    """A bounded queue, and no history: the library's has no end.
 
-    def __init__(self, prefix: str) -> None:
+    ``read`` makes of an event what is kept of it, or None. What it raises ends the connection.
+    """
+
+    def __init__(self, read: Callable[[WireMessage], Item | None]) -> None:
         super().__init__()
-        self._prefix = prefix
+        self._read = read
         self.arrived = asyncio.Event()
-        self.kept: deque[WireMessage] = deque()
+        self.kept: deque[Item] = deque()
         self.dropped = 0
 
     async def put(self, event: WireMessage) -> None:
-        """Called by the library for every event; never waits."""
-        if not self.accept(event):
+        """Keep it, or count it as dropped. Called by the library."""
+        item = self._read(event)
+        if item is None:
             return
         if len(self.kept) == EVENTS_MOST:
             self.dropped += 1
         else:
-            self.kept.append(event)
+            self.kept.append(item)
         self.arrived.set()
 
-    def accept(self, event: WireMessage) -> bool:
-        """Whether it is one of those that are wanted."""
-        return str(event["event"]).startswith(self._prefix)
+    def accept(self, _event: WireMessage) -> bool:
+        """The queue itself decides."""
+        return True
 
 
 class BoundedClient(QMPClient):
@@ -65,8 +79,8 @@ class BoundedClient(QMPClient):
 
     _received = 0
 
-    def __init__(self, events: EventQueue) -> None:
-        super().__init__()
+    def __init__(self, events: EventQueue[Any], message_bytes_most: int = 10 << 20) -> None:
+        super().__init__(readbuflen=message_bytes_most)
         # The default listener can't be removed: it is made to keep nothing.
         self.events.event_filter = lambda _event: False
         self.register_listener(events)
@@ -91,26 +105,45 @@ class BoundedClient(QMPClient):
             await asyncio.sleep(0)
 
 
+class _QemuClient(BoundedClient):
+    """Of a peer that is not trusted."""
+
+    async def _readline(self) -> bytes:
+        line: bytes = await super()._readline()
+        if not line.endswith(b"\n"):
+            raise EOFError  # QEMU was killed in mid-sentence: that is no fault of its words
+        return line
+
+
+def _plugin_event(event: WireMessage) -> Event | None:
+    """What the plugin says, read when it comes: what waits is small, whatever was sent."""
+    name = str(event["event"])
+    return (
+        Event(name, read_message(EVENTS[name], event.get("data", {}))) if name in EVENTS else None
+    )
+
+
 class Monitor:
     """A QMP session with one QEMU. Raises LinkError, MessageError or CommandError, nothing else."""
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
-        self._events = EventQueue("X_UPM_")
-        self._client = BoundedClient(self._events)
+        self.peer_pid = 0
+        self._link: socket.socket | None = None
+        self._events = EventQueue(_plugin_event)
+        self._client = _QemuClient(self._events, MESSAGE_BYTES_MOST)
         self._oob = False
 
     async def connect(self) -> None:
-        """Connect and negotiate. LinkError if nobody listens or answers within the time."""
+        """Connect and negotiate. TakenError if nobody greets, LinkError if there is nobody."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self._client.connect(self.socket_path)
+                await self._client.connect(await self._open())
         except TimeoutError as error:
-            raise LinkError(
-                f"{self.socket_path} accepts connections but does not answer",
-                hint="another client may hold this monitor: give qmp-upm one of its own",
-            ) from error
+            raise self._taken() from error
         except _BROKEN as error:
+            if not isinstance(_innermost(error), OSError | EOFError):
+                raise _garbage(error) from error
             raise LinkError(
                 f"cannot connect to {self.socket_path}: {_cause(error)}",
                 hint="check that the VM runs, that its monitor listens there, and the permissions "
@@ -118,6 +151,26 @@ class Monitor:
             ) from error
         greeting = self._client.greeting
         self._oob = greeting is not None and "oob" in greeting.QMP.capabilities
+
+    async def _open(self) -> socket.socket:
+        """A connected socket. OSError if there is nobody, TakenError if the queue is full."""
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._link = link
+        try:
+            # asyncio takes the EAGAIN of a full queue for a connection on its way (unix(7)).
+            link.connect(self.socket_path)
+            self.peer_pid = _PEER.unpack(
+                link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            )[0]
+        except BlockingIOError as error:
+            raise self._taken() from error
+        return link
+
+    def _taken(self) -> TakenError:
+        return TakenError(
+            f"{self.socket_path} accepts connections but does not answer",
+            hint="another client may hold this monitor: give qmp-upm one of its own",
+        )
 
     @property
     def qemu_version(self) -> str:
@@ -138,7 +191,7 @@ class Monitor:
                     command, None if arguments is None else dict(arguments), oob and self._oob
                 )
         except TimeoutError as error:
-            raise LinkError(
+            raise SilentError(
                 f"no answer to {command} within {EXECUTE_SECONDS:.0f} s",
                 hint="QEMU may be stopped or hung; it is tried again",
             ) from error
@@ -161,7 +214,10 @@ class Monitor:
             ) from error
 
     async def wait_events(self, seconds: float) -> list[Event]:
-        """Events of ours that came, at the latest after so long; empty if none did."""
+        """Events of ours that came, at the latest after so long; empty if none did.
+
+        LinkError if the connection broke.
+        """
         if not self._events.kept and seconds > 0:
             try:
                 async with asyncio.timeout(seconds):
@@ -171,30 +227,54 @@ class Monitor:
         if self._client.runstate is not Runstate.RUNNING:
             raise LinkError("QEMU closed the connection", hint="it is made again by itself")
         self._events.arrived.clear()
-        wire, self._events.kept = self._events.kept, deque()
-        return [read_message(Event, dict(event)) for event in wire]
+        events = list(self._events.kept)
+        self._events.kept.clear()
+        return events
+
+    def wake(self) -> None:
+        """Have wait_events return at once: there is something else to do."""
+        self._events.arrived.set()
 
     def take_dropped_events(self) -> int:
         """How many events there was no room for since the last call."""
         dropped, self._events.dropped = self._events.dropped, 0
         return dropped
 
-    async def close(self) -> str | None:
+    async def close(self) -> PeerError | None:
         """Disconnect. Returns why the session had broken, if it had."""
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
+            async with asyncio.timeout(CLOSE_SECONDS):
                 await self._client.disconnect()
         except TimeoutError:
-            return "the connection did not close in time"
+            return LinkError("the connection did not close in time", hint="it is made again")
         except _BROKEN as error:
-            return _cause(error)
+            if isinstance(_innermost(error), OSError | EOFError):
+                return LinkError(_cause(error), hint="it is made again by itself")
+            return _garbage(error)
+        finally:
+            if self._link is not None:
+                self._link.close()  # a connect that was interrupted leaves it open
         return None
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason: the library wraps what the socket said."""
+def _innermost(error: BaseException) -> BaseException:
+    """The reason: the library wraps what the socket or the parser said."""
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, EOFError):
+    return error
+
+
+def _cause(error: BaseException) -> str:
+    reason = _innermost(error)
+    if isinstance(reason, EOFError):
         return "QEMU closed the connection"
-    return str(error) or type(error).__name__
+    return str(reason) or type(reason).__name__
+
+
+def _garbage(error: BaseException) -> MessageError:
+    if isinstance(error, MessageError):
+        return error
+    return MessageError(
+        f"this is no QMP: {_cause(error)[:200]}",
+        hint="check that the socket is a QMP monitor of QEMU; restart the VM if it is",
+    )

@@ -21,6 +21,9 @@ the last one has no upper end. Source: ``histogram_add`` in plugin/worker.c."""
 REASONS_MOST = 16
 """Reasons told apart for a VM's discards. A policy's author chooses them; the rest is ``other``."""
 
+COUNTERS_MOST = 256
+"""Names of counters that are kept of a plugin."""
+
 
 class State(StrEnum):
     """Where a session is. It stays there between two attempts to attach."""
@@ -79,7 +82,7 @@ class VmStats:
     """The guest's conversions, by the copy that became live."""
     converted_bytes: dict[Copy, int] = field(default_factory=_by_copy)
     flips: int = 0
-    """Conversions of ranges that had been converted before."""
+    """Pages that were converted again, in either direction."""
     deferred_bytes: int = 0
     reused_bytes: dict[Copy, int] = field(default_factory=_by_copy)
     """Found again on return, as the plugin counts it."""
@@ -166,10 +169,10 @@ class VmView(BaseModel):
 
 
 class PluginTotals:
-    """Adds up counters that begin again whenever QEMU does."""
+    """Adds up counters that begin again whenever QEMU does, into ``stats``."""
 
     def __init__(self, stats: VmStats) -> None:
-        self._stats = stats
+        self.stats = stats
         self._counters: Mapping[str, int] = {}
         self._latencies: dict[str, Sequence[int]] = {}
 
@@ -179,20 +182,23 @@ class PluginTotals:
 
     def take(self, counters: Mapping[str, int], latencies: Mapping[str, Sequence[int]]) -> None:
         """Add what has come since the last time; a counter that fell has begun again."""
-        totals = self._stats.plugin_counters
+        stats, totals = self.stats, self.stats.plugin_counters
         if any(counters.get(name, 0) < before for name, before in self._counters.items()):
             self.restarted()
         for name, value in counters.items():
-            totals[name] = totals.get(name, 0) + value - self._counters.get(name, 0)
+            if name in totals or len(totals) < COUNTERS_MOST:
+                totals[name] = totals.get(name, 0) + value - self._counters.get(name, 0)
         self._counters = dict(counters)
         for copy in Copy:
-            self._stats.reused_bytes[copy] = totals.get(f"reused-bytes-{copy}", 0)
-        for name, buckets in (
-            ("convert", self._stats.convert_ns),
-            ("discard", self._stats.discard_ns),
-        ):
-            now = latencies.get(name, ())[:BUCKETS]
-            before = self._latencies.get(name) or [0] * len(now)
-            for i, (new, old) in enumerate(zip(now, before, strict=False)):
-                buckets[i] += max(new - old, 0)
-            self._latencies[name] = now
+            stats.reused_bytes[copy] = totals.get(f"reused-bytes-{copy}", 0)
+            stats.conversions[copy] = totals.get(f"conversions-to-{copy}", 0)
+            stats.converted_bytes[copy] = totals.get(f"converted-bytes-to-{copy}", 0)
+        stats.deferred_bytes = sum(totals.get(f"deferred-bytes-{copy}", 0) for copy in Copy)
+        for name, buckets in (("convert", stats.convert_ns), ("discard", stats.discard_ns)):
+            self._take_histogram(name, latencies.get(name, ()), buckets)
+
+    def _take_histogram(self, name: str, now: Sequence[int], buckets: list[int]) -> None:
+        before = self._latencies.get(name, ())
+        for i, count in enumerate(now[:BUCKETS]):
+            buckets[i] += max(0, count - (before[i] if i < len(before) else 0))
+        self._latencies[name] = now

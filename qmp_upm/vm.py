@@ -1,313 +1,306 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One VM's session: attach, follow its conversions, apply its policy, and again after a break."""
+"""One VM's session: find it, attach, serve it, and again after a break, until cancelled."""
 
 import asyncio
-import random
-import time
+from collections import deque
+from collections.abc import Callable
 
 import structlog
 
-from qmp_upm.backends import KvmAttributes, Settings
-from qmp_upm.config import VmSettings
-from qmp_upm.errors import MessageError, PeerError, PluginMissingError, PolicyError
-from qmp_upm.events import Publisher
-from qmp_upm.exits import PluginExits
-from qmp_upm.ledger import Ledger
-from qmp_upm.plugin import plugin_env
-from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
-from qmp_upm.protocol import COMMANDS, PROTOCOL, Copy, Discarded, Event, Query, read_message
+from qmp_upm.asks import Apply, Ask, Flush, SetBudget, SetPolicy, SetShare
+from qmp_upm.clock import Clock
+from qmp_upm.errors import (
+    LinkError,
+    MessageError,
+    PeerError,
+    PluginMissingError,
+    QmpUpmError,
+    SilentError,
+    TakenError,
+    UnavailableError,
+)
+from qmp_upm.events import HostEventName
+from qmp_upm.guest import Admission, Guest, Tell
+from qmp_upm.identity import Identity, identify
+from qmp_upm.policy import Pressure
+from qmp_upm.protocol import Query
 from qmp_upm.qmp import Monitor
-from qmp_upm.recording import BOUNDS
-from qmp_upm.stats import State, Trouble, VmStats, VmView
-from qmp_upm.telemetry import Telemetry
-from qmp_upm.trace import Block
+from qmp_upm.serving import Serving
+from qmp_upm.stats import State, Trouble, VmView
 from qmp_upm.units import NSEC
 
 BACKOFF_FIRST = 0.2
 BACKOFF_MOST = 10.0
 REFUSED_SECONDS = 5.0
-SETTLE_SECONDS = 1.0
+"""Between two looks at a QEMU without the plugin: it can't get one while it runs."""
+ASKS_MOST = 64
+"""Of the host, that wait for the session."""
 
 log = structlog.get_logger()
 
+Admit = Callable[["Session", Identity], Admission]
+
 
 class Session:
-    """Serves one VM until cancelled. One task runs it; nothing else touches its state."""
+    """Serves the VM behind one monitor. One task runs it; nothing else touches its state.
 
-    def __init__(self, name: str, socket: str, table: VmSettings, telemetry: Telemetry) -> None:
-        self.name = name
+    ``admit`` is told who QEMU says it is, and gives it a name and settings. Other tasks call
+    `ask`, `feel`, `hurry` and `view`.
+    """
+
+    def __init__(
+        self, socket: str, admission: Admission, admit: Admit, tell: Tell, clock: Clock
+    ) -> None:
+        self.socket = socket
         self.state = State.CONNECTING
-        self.stats = VmStats()
-        self.batches: Publisher[Block] = Publisher(BOUNDS)
-        self._socket = socket
-        self._table = table
-        self._since = time.time()
-        self._trouble_now: Trouble | None = None
-        self._qemu: tuple[str, str, str] | None = None
-        self.telemetry = telemetry
-        self._telemetry = telemetry
-        self._policy: Policy = table.policy.make()
-        self._failed = False
-        self._said: tuple[str, str] | None = None
-        self._totals = {"conversions": 0, "discarded_bytes": 0}
-        self._ledger = Ledger(table.budget)
-        self._wake_ns: int | None = None
+        self.guest = Guest(admission, tell, clock)
+        self.identity = Identity()
+        self.peer_pid = 0
+        self.held_until_ns = 0
+        """When the plugin gives everything back by itself, at the latest; 0: nothing is held."""
+        self._admit = admit
+        self._clock = clock
+        self._since = clock.wall()
+        self._trouble: Trouble | None = None
+        self._versions: tuple[str, str, str] | None = None
+        self._asked: deque[tuple[Ask, asyncio.Future[int]]] = deque()
+        self._woken = asyncio.Event()
+        self._hurry = False
+        self._serving: Serving | None = None
+        self._attached_before = False
+
+    @property
+    def name(self) -> str:
+        """What the VM is called at the moment."""
+        return self.guest.name
 
     def view(self) -> VmView:
         """As it is now."""
-        qemu, plugin, kind = self._qemu or (None, None, None)
+        guest = self.guest
+        guest.stats.lost_lines = guest.telemetry.lost_lines
+        qemu, plugin, kind = self._versions or (None, None, None)
         return VmView(
-            name=self.name,
-            uuid=None,
-            socket=self._socket,
+            name=guest.name,
+            uuid=self.identity.uuid,
+            socket=self.socket,
             state=self.state,
             since=self._since,
-            trouble=self._trouble_now,
+            trouble=self._trouble,
             qemu_version=qemu,
             plugin_version=plugin,
             vm_kind=kind,
-            policy=self._table.policy.name,
-            parameters=self._table.policy.parameters,
-            fallen_back="it raised" if self._failed else None,
-            budget_bytes=self._table.budget,
-            stale_bytes={copy: self._ledger.stale(copy).bytes for copy in Copy},
-            stats=self.stats.snapshot(),
+            policy=guest.policy.table.name,
+            parameters=guest.policy.table.parameters,
+            fallen_back=guest.policy.fallen_back,
+            budget_bytes=guest.budget_bytes,
+            stale_bytes=dict(guest.stats.stale_bytes),
+            stats=guest.stats.snapshot(),
         )
+
+    def ask(self, ask: Ask) -> asyncio.Future[int]:
+        """Have the session do this; a cancelled future is not done any more. Never waits."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if len(self._asked) >= ASKS_MOST:
+            done.set_exception(
+                UnavailableError(f"too much waits for {self.name}", hint="try again later")
+            )
+            return done
+        self._asked.append((ask, done))
+        self._wake()
+        return done
+
+    def feel(self, pressure: Pressure) -> None:
+        """Memory pressure has changed enough to ask the policy again."""
+        self.guest.pressure = pressure
+        if self._serving is not None:
+            self._serving.reconsider()
+
+    def hurry(self) -> None:
+        """The monitor is new: don't wait any longer before the next try."""
+        self._hurry = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._woken.set()
+        if self._serving is not None:
+            self._serving.wake()
 
     async def run(self) -> None:
         """Attach, serve, and begin again with a growing pause, until cancelled."""
         pause = BACKOFF_FIRST
-        while True:
-            begun_s = time.monotonic()
-            monitor = Monitor(self._socket)
-            try:
-                self._to(State.CONNECTING)
-                await monitor.connect()
-                await self._attach_and_serve(monitor)
-            except PluginMissingError as error:
-                if self.state is not State.REFUSED:
-                    self._to(State.REFUSED)
-                self._trouble("refused", error)
-                pause = REFUSED_SECONDS
-            except PeerError as error:
-                if self.state is State.ATTACHED and time.monotonic() > begun_s + BACKOFF_MOST:
+        try:
+            while True:
+                begun_ns = self._clock.monotonic_ns()
+                await self._attempt()
+                if self.state is State.REFUSED:
+                    pause = REFUSED_SECONDS
+                elif self._served_since(begun_ns):
                     pause = BACKOFF_FIRST
-                self._trouble("lost", error)
-                self._to(State.BACKOFF)
-            finally:
-                await monitor.close()
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - only jitter
-            pause = min(2 * pause, BACKOFF_MOST)
+                await self._pause(pause)
+                pause = min(2 * pause, BACKOFF_MOST)
+        finally:
+            for _, done in self._asked:
+                done.cancel()
+            self._asked.clear()
+            self._to(State.STOPPED)
 
-    def _trouble(self, event: str, error: PeerError) -> None:
-        """Say it once, however often it is tried: a VM may be off for weeks."""
-        self._trouble_now = Trouble(error=error.message, hint=error.hint)
-        if (event, error.message) != self._said:
-            log.warning(event, vm=self.name, error=error.message, hint=error.hint)
-            self._telemetry.line(event, error=error.message, hint=error.hint)
-        self._said = (event, error.message)
+    def _served_since(self, begun_ns: int) -> bool:
+        """Whether this attempt attached, and lasted: a peer that breaks at once is not hammered."""
+        lasted_ns = self._clock.monotonic_ns() - begun_ns
+        return self.held_until_ns > begun_ns and lasted_ns > BACKOFF_MOST * NSEC
 
-    def _to(self, state: State) -> None:
-        if state is not self.state:
-            log.debug("state", vm=self.name, was=self.state, now=state)
-            self._since = time.time()
-        self.state = state
+    async def _attempt(self) -> None:
+        monitor = Monitor(self.socket)
+        trouble: PeerError | None = None
+        try:
+            await monitor.connect()
+            await self._serve(monitor)
+        except PeerError as error:
+            trouble = error
+        finally:
+            self._serving = None
+            broken = await monitor.close()
+        if isinstance(broken, MessageError) and type(trouble) is LinkError:
+            trouble = broken
+        if trouble is not None:
+            self._stumble(trouble)
 
-    async def _attach_and_serve(self, monitor: Monitor) -> None:
-        missing = COMMANDS - await monitor.command_names()
-        if missing:
-            raise PluginMissingError(
-                "this QEMU runs without the plugin",
-                hint=f"start QEMU with {plugin_env()} ('qmp-upm plugin env' prints it)",
-            )
-        exits = PluginExits(monitor)
-        query = await exits.query()
-        if query.protocol != PROTOCOL:
-            raise MessageError(
-                f"the plugin speaks protocol {query.protocol}, this daemon {PROTOCOL}",
-                hint="restart the VM with the plugin of this release",
-            )
-        backend = KvmAttributes(
-            monitor,
-            Settings(
-                self._table.budget,
-                int(self._table.lease * 1000),
-                max(1, int(self._table.notify * 1000)),
-            ),
-            random.getrandbits(40) << 20,
-            time.monotonic,
-        )
-        decision = self._decide(Batch())
-        exits.start(query.records.head)
-        await backend.configure(decision.defer)
-        await self._resync(exits)
+    async def _serve(self, monitor: Monitor) -> None:
+        self._meet(monitor, await identify(monitor))
+        serving = Serving(self.guest, monitor)
+        self._reserve_share()
+        try:
+            query = await serving.attach()
+            self._serving = serving
+            self._on_attached(monitor, query)
+            await serving.serve(lambda: self._answer(serving))
+        except asyncio.CancelledError:
+            await serving.leave()
+            raise
+        finally:
+            lease_ns = int(self.guest.settings.lease * NSEC)
+            self.held_until_ns = self._clock.monotonic_ns() + lease_ns
+
+    def _meet(self, monitor: Monitor, identity: Identity) -> None:
+        """Learn who it is; another process or another name is another QEMU."""
+        if (identity, monitor.peer_pid) != (self.identity, self.peer_pid):
+            self.guest.totals.restarted()
+        self.identity, self.peer_pid = identity, monitor.peer_pid
+        self.guest.admit(self._admit(self, identity))
+
+    def _reserve_share(self) -> None:
+        """Without a lease from before, the VM has no part of the host's budget until it is given.
+
+        From here on the host counts it as holding what it has.
+        """
+        guest = self.guest
+        if guest.share is not None and self._clock.monotonic_ns() >= self.held_until_ns:
+            guest.share = 0
+            guest.set_budget()
+        self.held_until_ns = 1 << 63
+
+    def _on_attached(self, monitor: Monitor, query: Query) -> None:
+        guest = self.guest
+        guest.stats.reconnects += self._attached_before
+        self._attached_before = True
+        self._trouble = None
+        self._versions = (monitor.qemu_version, query.version, query.vm_kind)
         self._to(State.ATTACHED)
-        self._said = None
-        self._trouble_now = None
-        self._qemu = (monitor.qemu_version, query.version, query.vm_kind)
         log.info(
             "attached",
-            vm=self.name,
+            vm=guest.name,
             qemu=monitor.qemu_version,
             vm_kind=query.vm_kind,
-            policy=self._table.policy.name,
+            policy=guest.policy.table.name,
         )
-        self._telemetry.line(
+        guest.telemetry.line(
             "attached",
             qemu=monitor.qemu_version,
             plugin=query.version,
             vm_kind=query.vm_kind,
             counters=query.counters,
         )
-        try:
-            await self._serve(monitor, exits, backend)
-        except asyncio.CancelledError:
-            await self._leave(monitor, exits, backend)
-            raise
 
-    async def _resync(self, exits: PluginExits) -> None:
-        query: Query = await exits.query()
-        self._ledger.replace(await exits.read_stale(query), time.monotonic_ns())
-        self._ledger.forget_regions_but({region.id for region in query.regions})
-        self._telemetry.line("resync", stale_bytes=self._ledger.stale_bytes)
+    def _stumble(self, error: PeerError) -> None:
+        """Note what is wrong, and say it once: a VM may be off for weeks."""
+        state = {
+            PluginMissingError: State.REFUSED,
+            TakenError: State.BUSY,
+            SilentError: State.SILENT,
+            LinkError: State.BACKOFF,
+        }.get(type(error), State.FAULTY)
+        if state is State.BUSY and self.state is State.SILENT:
+            state = State.SILENT  # a stopped QEMU greets nobody either
+        trouble = Trouble(error=error.message, hint=error.hint)
+        if trouble != self._trouble or state is not self.state:
+            event = "refused" if state is State.REFUSED else "lost"
+            log.warning(event, vm=self.name, state=state, error=error.message, hint=error.hint)
+            self.guest.telemetry.line(event, state=state, error=error.message, hint=error.hint)
+        self._trouble = trouble
+        self._to(state)
 
-    async def _serve(self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes) -> None:
-        while True:
-            events = await monitor.wait_events(self._wait_seconds(exits))
-            if monitor.take_dropped_events():
-                await self._resync(exits)
-            for event in events:
-                await self._on_event(event, exits, backend)
-            batch = await exits.read()
-            self._follow(batch, exits)
-            if batch.dropped:
-                await self._resync(exits)
-            decision = self._decide(batch)
-            if decision.defer != backend.deferred:
-                await backend.configure(decision.defer)
-            self._submit(decision, backend)
-            refused = await backend.pump()
-            for request, error in refused:
-                self._telemetry.line("discard-refused", id=request.id, error=error.message)
-            if refused:
-                await self._resync(exits)
-
-    def _wait_seconds(self, exits: PluginExits) -> float:
-        if not exits.drained:
-            return 0.0
-        wait = self._table.lease / 3
-        if self._wake_ns is not None:
-            wait = min(wait, (self._wake_ns - time.monotonic_ns()) / NSEC)
-        return max(wait, 0.001)
-
-    async def _on_event(self, event: Event, exits: PluginExits, backend: KvmAttributes) -> None:
-        if event.event == "X_UPM_DISCARDED":
-            self._on_discarded(read_message(Discarded, event.data), backend)
-        elif event.event == "X_UPM_LEASE_EXPIRED":
-            log.warning("lease-expired", vm=self.name, hint="this daemon was too slow, or stopped")
-            await backend.configure(backend.deferred or frozenset())
-            await self._resync(exits)
-
-    def _on_discarded(self, done: Discarded, backend: KvmAttributes) -> None:
-        request = backend.complete(done)
-        if request is None:
+    def _to(self, state: State) -> None:
+        if state is self.state:
             return
-        self._totals["discarded_bytes"] += done.discarded
-        self._telemetry.line(
-            "discard",
-            id=done.id,
-            copy=request.discard.copy,
-            discarded_bytes=done.discarded,
-            skipped_bytes=done.skipped,
-            error=done.error,
-            total_discarded_bytes=self._totals["discarded_bytes"],
-        )
+        was, self.state = self.state, state
+        self._since = self._clock.wall()
+        self.guest.tell(HostEventName.VM_STATE, state=state, was=was)
 
-    def _follow(self, batch: Batch, exits: PluginExits) -> None:
-        if not len(batch) and not batch.dropped:
-            return
-        now_ns = time.monotonic_ns()
-        self.batches.put(Block(batch.records, batch.dropped, now_ns))
-        applied = self._ledger.apply(batch.records, now_ns)
-        conversions = int(batch.records["count"].sum())
-        to_private = batch.records["private"] == 1
-        self._totals["conversions"] += conversions
-        self._telemetry.line(
-            "batch",
-            cursor=exits.cursor,
-            records=len(batch),
-            conversions=conversions,
-            to_private_bytes=int(batch.records["size"][to_private].sum()),
-            to_shared_bytes=int(batch.records["size"][~to_private].sum()),
-            deferred_bytes=applied.deferred_bytes,
-            reused_bytes=applied.reused_bytes,
-            dropped=batch.dropped,
-            stale_bytes=self._ledger.stale_bytes,
-            total_conversions=self._totals["conversions"],
-        )
+    async def _pause(self, seconds: float) -> None:
+        """Wait, and meanwhile do what the host asks for."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._clock.jittered(seconds)
+        self._hurry = False
+        while not self._hurry and (left := until - clock()) > 0:
+            await self._answer(None)
+            self._woken.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._woken.wait()
+            except TimeoutError:
+                break
 
-    def _decide(self, batch: Batch) -> Decision:
-        """The policy's decision; once it has failed, eager for good."""
-        if self._failed:
-            return self._eager()
-        try:
-            decision = checked(
-                self._policy.decide(batch, self._ledger, time.monotonic_ns(), Pressure())
-            )
-        except Exception as error:  # a policy is anybody's code: whatever it raises is contained
-            hint = error.hint if isinstance(error, PolicyError) else "tell the policy's author"
-            log.exception(
-                "fallback",
-                vm=self.name,
-                policy=self._table.policy.name,
-                error=repr(error),
-                hint=hint,
-            )
-            self._telemetry.line("fallback", policy=self._table.policy.name, error=repr(error))
-            self._failed = True
-            return self._eager()
-        self._wake_ns = decision.wake_at_ns
-        return decision
+    async def _answer(self, serving: Serving | None) -> None:
+        """Do what has been asked for, in order. What QEMU says to it may end the session."""
+        while self._asked:
+            ask, done = self._asked.popleft()
+            if done.done():
+                continue
+            try:
+                answer = await self._do(ask, serving, done)
+            except PeerError as error:
+                if not done.done():
+                    done.set_exception(UnavailableError(error.message, hint=error.hint))
+                raise
+            except QmpUpmError as error:
+                if not done.done():
+                    done.set_exception(error)
+                continue
+            if answer is not None and not done.done():
+                done.set_result(answer)
 
-    def _eager(self) -> Decision:
-        # The plugin drains by itself what eager must not keep.
-        self._wake_ns = None
-        return Decision()
-
-    def _submit(self, decision: Decision, backend: KvmAttributes) -> None:
-        for discard in decision.discards:
-            self._ledger.remove(discard.copy, discard.pages)
-            for request in backend.submit(discard):
-                self._telemetry.line(
-                    "decision",
-                    id=request.id,
-                    copy=discard.copy,
-                    bytes=request.bytes,
-                    ranges=len(request.ranges),
-                    reason=discard.reason,
+    async def _do(self, ask: Ask, serving: Serving | None, done: asyncio.Future[int]) -> int | None:
+        """The answer; None if it comes later, through ``done``."""
+        guest = self.guest
+        if isinstance(ask, Flush):
+            if serving is None:
+                raise UnavailableError(
+                    f"{guest.name} is not attached: {self.state}",
+                    hint="query-vm and the log say why",
                 )
-
-    async def _leave(self, monitor: Monitor, exits: PluginExits, backend: KvmAttributes) -> None:
-        """Stopped by the operator: leave the VM as if we had never been here."""
-        try:
-            async with asyncio.timeout(SETTLE_SECONDS):
-                while backend.busy:
-                    for event in await monitor.wait_events(SETTLE_SECONDS):
-                        await self._on_event(event, exits, backend)
-                    await backend.pump()
-        except (TimeoutError, PeerError):
-            pass
-        try:
-            async with asyncio.timeout(SETTLE_SECONDS):
-                self._follow(await exits.read(), exits)
-                await backend.configure(frozenset())
-                query = await exits.query()
-                self._telemetry.line("detached", counters=query.counters)
-        except (TimeoutError, PeerError) as error:
-            log.warning(
-                "not-left-cleanly",
-                vm=self.name,
-                error=str(error),
-                hint="the plugin does the same by itself when the lease runs out",
-            )
-        self._to(State.STOPPED)
+            await serving.flush(ask.copy, done)
+            return None
+        if isinstance(ask, SetPolicy):
+            guest.swap(ask.table)
+            guest.chosen_policy = ask.table
+        elif isinstance(ask, SetBudget):
+            guest.chosen_budget = ask.budget_bytes
+        elif isinstance(ask, SetShare):
+            guest.share = ask.share_bytes
+        elif isinstance(ask, Apply):
+            guest.configure(ask.settings)
+        guest.set_budget()
+        if serving is None:
+            return 0
+        await serving.reconfigure()
+        return await serving.drain_to(guest.budget_bytes) if isinstance(ask, SetShare) else 0

@@ -1,144 +1,128 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A session against a peer that plays QEMU with the plugin, and then does not."""
+"""A session with a VM that is well, or not, or not there."""
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Callable
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qmp_upm import vm
-from qmp_upm.config import VmSettings
-from qmp_upm.policy import Batch, Decision, Policy
-from qmp_upm.protocol import COMMANDS, Copy
-from qmp_upm.rotation import CappedDirectory
+from qmp_upm import contained, qmp, serving, vm
+from qmp_upm.asks import Apply, Flush, SetBudget, SetPolicy, SetShare
+from qmp_upm.config import PolicyTable, VmSettings
+from qmp_upm.errors import PolicyError, UnavailableError
+from qmp_upm.events import HostEventName
+from qmp_upm.pages import PageSet
+from qmp_upm.policy import Batch, Decision, Discard, Policy
+from qmp_upm.protocol import Copy
+from qmp_upm.qmp import Monitor
 from qmp_upm.stats import State
-from qmp_upm.telemetry import Telemetry, TelemetryWriter
-from qmp_upm.vm import Session
+from qmp_upm.testing import Close, Drop, FakeQemu, FakeVm, Flood, Garbage, ReplyError, Script
+from qmp_upm.testing.peer import encode
+from tests.unit.sessions import MIB, PAGE, fake_vm, running, until
 
-GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}}}
-GREETING["QMP"]["capabilities"] = ["oob"]  # type: ignore[assignment]
-QUERY: dict[str, Any] = {
-    "version": "0",
-    "protocol": 1,
-    "vm-kind": "sw-protected",
-    "conversion": "two-copy",
-    "regions": [
-        {
-            "id": 1,
-            "name": "ram",
-            "size": 1 << 20,
-            "backing": "memfd",
-            "stale-private": 0,
-            "stale-shared": 0,
-        }
-    ],
-    "stale": {"private": 0, "shared": 0, "peak": 0},
-    "records": {"head": 0, "oldest": 0, "dropped": 0},
-    "counters": {},
-}
+KEEP = {"name": "eager", "copies": "none"}
 
 
-class Peer:
-    """Answers each command with what ``replies`` has for it, or does what is there."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.connections = 0
-        self.cursor = 0
-        self.records: list[list[int]] = []
-        self.raw: dict[str, bytes] = {}
-        self.errors: dict[str, str] = {}
-
-    def _reply(self, name: str, arguments: dict[str, Any]) -> Any:
-        if name == "query-commands":
-            return [{"name": command} for command in COMMANDS]
-        if name == "x-upm-query":
-            return QUERY | {"records": {"head": self.cursor, "oldest": 0, "dropped": 0}}
-        if name == "x-upm-stale":
-            return {"ranges": [], "cursor": 1 << 20, "done": True}
-        if name == "x-upm-read":
-            records, self.records = self.records, []
-            self.cursor = arguments["cursor"] + len(records)
-            return {"cursor": self.cursor, "dropped": 0, "records": records}
-        return {}
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection."""
-        self.connections += 1
-        writer.write(json.dumps(GREETING).encode() + b"\n")
-        text = ""
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536):
-                text += data.decode()
-                while text.strip():
-                    request, end = json.JSONDecoder().raw_decode(text.lstrip())
-                    text = text.lstrip()[end:]
-                    self._answer(request, writer)
-                await writer.drain()
-        writer.close()
-
-    def _answer(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        name = request.get("execute") or request["exec-oob"]
-        same_id = {"id": request["id"]} if "id" in request else {}
-        arguments = request.get("arguments", {})
-        self.asked.append((name, arguments))
-        if name in self.raw:
-            writer.write(self.raw.pop(name))
-        elif name in self.errors:
-            error = {"class": "GenericError", "desc": self.errors.pop(name)}
-            writer.write(json.dumps({"error": error} | same_id).encode() + b"\n")
-        else:
-            reply = {"return": self._reply(name, arguments)} | same_id
-            writer.write(json.dumps(reply).encode() + b"\n")
-
-    def count(self, name: str) -> int:
-        """How often a command was asked."""
-        return sum(1 for asked, _ in self.asked if asked == name)
+def flip(peer: FakeVm, pages: int = 1, at: int = 0) -> None:
+    """The guest makes some pages private, which leaves their shared copies."""
+    peer.plugin.convert(1, at * PAGE, pages * PAGE, to_private=True)
 
 
-@pytest.fixture
-async def peer(tmp_path: Path) -> AsyncIterator[Peer]:
-    """Listening at tmp_path/sock."""
-    made = Peer()
-    server = await asyncio.start_unix_server(made.serve, str(tmp_path / "sock"))
-    yield made
-    server.close()
+async def test_attaches_and_follows(tmp_path: Path) -> None:
+    """It configures, reads, renews the lease by reading, and counts what the plugin counts."""
+    async with fake_vm().listening(tmp_path / "sock") as peer, running(tmp_path) as run:
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer, 3)
+        stats = run.session.guest.stats
+        await until(lambda: stats.stale_bytes[Copy.SHARED] == 3 * PAGE)
+        await until(lambda: peer.counts["x-upm-read"] > 4)
+        assert not peer.plugin.worker.lease_expired
+        assert '"conversions": 1' in run.lines()
+    assert stats.conversions == {Copy.PRIVATE: 1, Copy.SHARED: 0}
+    assert stats.deferred_bytes == 3 * PAGE
 
 
-async def until(done: Callable[[], bool]) -> None:
-    """Waits for it, twenty seconds at most."""
-    async with asyncio.timeout(20):
-        while not done():  # noqa: ASYNC110 - states have no event to wait for
-            await asyncio.sleep(0.005)
+async def test_leaves_fail_safe(tmp_path: Path) -> None:
+    """Cancelled, it leaves a VM that keeps nothing, and says that it has stopped."""
+    async with fake_vm().listening(tmp_path / "sock") as peer:
+        async with running(tmp_path, policy=KEEP) as run:
+            await until(lambda: run.session.state is State.ATTACHED)
+            flip(peer)
+            await until(lambda: run.session.guest.stats.stale_bytes[Copy.SHARED])
+        assert peer.plugin.ledger.deferring == {Copy.PRIVATE: False, Copy.SHARED: False}
+        assert run.session.state is State.STOPPED
+        await until(lambda: peer.plugin.ledger.stale(Copy.SHARED) == 0)
 
 
-@contextlib.asynccontextmanager
-async def running(tmp_path: Path, **table: Any) -> AsyncIterator[tuple[Session, Telemetry]]:
-    """A session with that peer."""
-    settings = {"notify": "1 ms", "lease": "0.1 s"} | table
-    telemetry = TelemetryWriter(CappedDirectory(tmp_path, 1 << 20, 4 << 20)).of("guest")
-    session = Session(
-        "guest", str(tmp_path / "sock"), VmSettings.model_validate(settings), telemetry
-    )
-    task = asyncio.create_task(session.run())
-    yield session, telemetry
-    assert not task.done()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+async def test_nobody_there_is_backoff(tmp_path: Path) -> None:
+    """And said once, with a hint, however often it is tried."""
+    async with running(tmp_path) as run:
+        await until(lambda: run.session.state is State.BACKOFF)
+        run.session.hurry()
+        await until(lambda: not run.session._hurry)
+        trouble = run.session.view().trouble
+        assert trouble is not None
+        assert "permissions" in trouble.hint
+        assert run.lines().count('"lost"') == 1
 
 
-async def test_attaches_and_follows(tmp_path: Path, peer: Peer) -> None:
-    """It configures, reads, renews the lease by reading, and tells the telemetry."""
-    peer.records = [[1, 0, 4096, 1, 1, 5, 1]]
-    async with running(tmp_path) as (session, telemetry):
-        await until(lambda: peer.count("x-upm-read") > 2)
-        assert session.state is State.ATTACHED
-    telemetry._writer.write_queued()
-    assert '"conversions": 1' in telemetry.path.read_text(encoding="utf-8")
+async def test_taken_monitor_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client holds it; when that one has gone, the session attaches."""
+    monkeypatch.setattr(qmp, "CONNECT_SECONDS", 0.05)
+    async with fake_vm().listening(tmp_path / "sock"):
+        other = Monitor(str(tmp_path / "sock"))
+        await other.connect()
+        async with running(tmp_path) as run:
+            await until(lambda: run.session.state is State.BUSY)
+            await other.close()
+            run.session.hurry()
+            await until(lambda: run.session.state is State.ATTACHED)
+
+
+async def test_full_queue_of_a_taken_monitor_is_busy(tmp_path: Path) -> None:
+    """The kernel says EAGAIN, which asyncio would take for a connection on its way."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(str(tmp_path / "sock"))
+        server.listen(0)
+        stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(tmp_path / "sock"))
+        async with running(tmp_path) as run:
+            await until(lambda: run.session.state is State.BUSY)
+
+
+async def test_no_answer_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QEMU that greets and then does not answer, and one that does not even greet after that."""
+    monkeypatch.setattr(qmp, "EXECUTE_SECONDS", 0.05)
+    monkeypatch.setattr(qmp, "CONNECT_SECONDS", 0.05)
+    plan = Script()
+    plan.add("x-upm-read", None, Drop())
+    plan.add("greeting", None, Drop())
+    async with fake_vm(plan).listening(tmp_path / "sock") as peer, running(tmp_path) as run:
+        await until(lambda: run.session.state is State.SILENT)
+        run.session.hurry()
+        await until(lambda: peer.connections == 2)
+        run.session.hurry()
+        await until(lambda: run.session.state is State.ATTACHED)
+    states = [data["state"] for name, data in run.told if name is HostEventName.VM_STATE]
+    assert states == ["attached", "silent", "attached", "stopped"]
+
+
+async def test_no_plugin_is_refused(tmp_path: Path) -> None:
+    """With the line that loads it; and attached when the VM was started again with it."""
+    peer = fake_vm()
+    peer.replies["query-commands"].append([{"name": "query-commands"}])
+    async with peer.listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.REFUSED)
+        trouble = run.session.view().trouble
+        assert trouble is not None
+        assert "plugin env" in trouble.hint
+        run.session.hurry()
+        await until(lambda: run.session.state is State.ATTACHED)
+        assert run.session.view().trouble is None
 
 
 @pytest.mark.parametrize(
@@ -147,49 +131,99 @@ async def test_attaches_and_follows(tmp_path: Path, peer: Peer) -> None:
         b"[" * 200_000 + b"\n",
         b"\xff\xfe\n",
         b"\x00\n",
-        b"{}\n",
-        b'{"return": 5, "id": 7}\n',
         b"not json\n",
-        b'{"event": 3}\n',
+        b'{"event": "X_UPM_DISCARDED", "data": {"id": "x"}, "timestamp": {}}\n',
+        b'{"return": "' + b"x" * (3 << 20) + b'"}\n',
     ],
-    ids=["nested", "bad-utf8", "nul", "empty", "wrong-id", "no-json", "bad-event"],
+    ids=["nested", "bad-utf8", "nul", "no-json", "bad-data", "giant"],
 )
-async def test_garbage_ends_in_another_try(
-    tmp_path: Path, peer: Peer, garbage: bytes, monkeypatch: pytest.MonkeyPatch
+async def test_garbage_is_faulty_and_tried_again(
+    tmp_path: Path, garbage: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a peer sends, the session lives, and is attached again once the peer is well."""
-    monkeypatch.setattr("qmp_upm.qmp.EXECUTE_SECONDS", 0.3)
-    peer.raw["x-upm-query"] = garbage
-    async with running(tmp_path) as (session, _):
-        await until(lambda: peer.connections > 1 and session.state is State.ATTACHED)
+    monkeypatch.setattr(qmp, "EXECUTE_SECONDS", 5)
+    plan = Script()
+    plan.add("x-upm-read", None, Garbage(garbage))
+    async with fake_vm(plan).listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.FAULTY)
+        run.session.hurry()
+        await until(lambda: run.session.state is State.ATTACHED)
 
 
-async def test_lies_end_in_another_try(tmp_path: Path, peer: Peer) -> None:
+async def test_lies_are_faulty(tmp_path: Path) -> None:
     """A record beyond its region's end breaks the session, not the daemon."""
-    peer.records = [[1, 1 << 20, 4096, 1, 1, 5, 1]]
-    async with running(tmp_path) as (session, _):
-        await until(lambda: peer.connections > 1 and session.state is State.ATTACHED)
+    peer = fake_vm()
+    lie = [1, 64 * MIB, PAGE, 1, 1, 5, 1]
+    peer.replies["x-upm-read"].append({"cursor": 1, "dropped": 0, "records": [lie]})
+    async with peer.listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.FAULTY)
+        run.session.hurry()
+        await until(lambda: run.session.state is State.ATTACHED)
+        assert run.session.guest.stats.reconnects == 1
 
 
-async def test_refused_discard_is_no_break(tmp_path: Path, peer: Peer) -> None:
+async def test_endless_ledger_is_faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin whose ledger has no end is not listened to for ever."""
+    monkeypatch.setattr(serving, "RESYNC_SECONDS", 0.05)
+    peer = fake_vm()
+    at = iter(range(PAGE, 1 << 40, PAGE))
+    peer.handler = lambda command, arguments: (
+        {"ranges": [], "cursor": next(at), "done": False}
+        if command == "x-upm-stale"
+        else peer._handle(command, arguments)
+    )
+    async with peer.listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.FAULTY)
+
+
+async def test_close_in_mid_reply_is_backoff(tmp_path: Path) -> None:
+    """QEMU was killed: the session waits for it and counts the reconnect."""
+    plan = Script()
+    plan.add("x-upm-read", None, None, Close(after=3))
+    async with fake_vm(plan).listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.BACKOFF)
+        run.session.hurry()
+        await until(lambda: run.session.state is State.ATTACHED)
+        assert run.session.guest.stats.reconnects == 1
+
+
+async def test_flood_of_events_costs_no_turns(tmp_path: Path) -> None:
+    """Events that say nothing end in dropped events, a few turns and a resynchronisation."""
+    bell = encode({"timestamp": {}, "event": "X_UPM_LEASE_EXPIRED", "data": {}})
+    plan = Script()
+    plan.add("x-upm-read", None, Flood(20_000, bell))
+    async with fake_vm(plan).listening(tmp_path / "sock") as peer, running(tmp_path) as run:
+        await until(lambda: run.session.guest.stats.lease_expiries > 0)
+        await until(lambda: peer.counts["x-upm-read"] > 4)
+        assert run.session.state is State.ATTACHED
+        assert peer.counts["x-upm-configure"] < 1000
+    told = [name for name, _ in run.told if name is HostEventName.LEASE_EXPIRED]
+    assert len(told) == 1
+
+
+async def test_refused_discard_is_no_break(tmp_path: Path) -> None:
     """A region that went between decision and request: said, read anew, and on with the session."""
-    peer.records = [[1, 0, 4096, 1, 1, 5, 1]]
-    peer.errors["x-upm-discard"] = "Parameter 'ranges' names a region that is not there"
+    peer = fake_vm()
+    peer.replies["x-upm-discard"].append(ReplyError("Parameter 'ranges' names no region"))
     policy = {"name": "batched", "max_delay": "1 ms"}
-    async with running(tmp_path, policy=policy) as (session, telemetry):
-        await until(lambda: peer.count("x-upm-stale") > 2)
-        assert (session.state, peer.connections) == (State.ATTACHED, 1)
-        telemetry._writer.write_queued()
-    assert '"discard-refused"' in telemetry.path.read_text(encoding="utf-8")
+    async with peer.listening(tmp_path / "sock"), running(tmp_path, policy=policy) as run:
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer)
+        await until(lambda: run.session.guest.stats.failed_discards == 1)
+        await until(lambda: run.session.guest.stats.discards[Copy.SHARED] == {"delay": 1})
+        assert (run.session.state, peer.connections) == (State.ATTACHED, 1)
+        assert '"discard-refused"' in run.lines()
 
 
-async def test_busy_discard_is_sent_again(tmp_path: Path, peer: Peer) -> None:
+async def test_busy_discard_is_sent_again(tmp_path: Path) -> None:
     """A queue that others have filled is waited for."""
-    peer.records = [[1, 0, 4096, 1, 1, 5, 1]]
-    peer.errors["x-upm-discard"] = "busy: too many discards are outstanding"
-    async with running(tmp_path, policy={"name": "batched", "max_delay": "1 ms"}):
-        await until(lambda: peer.count("x-upm-discard") == 2)
-    assert peer.connections == 1
+    peer = fake_vm()
+    peer.replies["x-upm-discard"].append(ReplyError("busy: too many discards are outstanding"))
+    policy = {"name": "batched", "max_delay": "1 ms"}
+    async with peer.listening(tmp_path / "sock"), running(tmp_path, policy=policy) as run:
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer)
+        await until(lambda: peer.counts["x-upm-discard"] == 2)
     first, second = (arguments for name, arguments in peer.asked if name == "x-upm-discard")
     assert first == second
 
@@ -204,55 +238,231 @@ class Raises(Policy):
         return Decision(frozenset(Copy))
 
 
-async def test_raising_policy_falls_back_to_eager(tmp_path: Path, peer: Peer) -> None:
-    """Its VM is served on, eagerly; telemetry says why."""
-    peer.records = [[1, 0, 4096, 1, 1, 5, 1]]
-    async with running(tmp_path) as (session, telemetry):
-        session._policy = Raises(None)
-        await until(lambda: peer.count("x-upm-configure") == 2)
-        assert session.state is State.ATTACHED
-        telemetry._writer.write_queued()
-    configured = [arguments for name, arguments in peer.asked if name == "x-upm-configure"]
-    assert [c["private"] for c in configured[:2]] == ["defer", "eager"]
-    assert "oops" in telemetry.path.read_text(encoding="utf-8")
+class Loops(Raises):
+    """Does not come back, and catches what it can."""
+
+    def decide(self, batch: Batch, *rest: Any) -> Decision:
+        """For ever."""
+        while len(batch):
+            try:
+                time.sleep(0.001)
+            except KeyError:
+                return Decision()
+        return super().decide(batch, *rest)
+
+
+class Nonsense(Raises):
+    """Returns what is no decision."""
+
+    def decide(self, batch: Batch, *rest: Any) -> Any:
+        """A discard of nothing that there is."""
+        return Decision(discards=("all",)) if len(batch) else super().decide(batch, *rest)
+
+
+@pytest.mark.parametrize("kind", [Raises, Loops, Nonsense])
+async def test_failing_policy_falls_back_to_eager(
+    tmp_path: Path, kind: type[Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its VM is served on, eagerly, until it gets another policy; everybody is told why."""
+    monkeypatch.setattr(contained, "DECIDE_SECONDS", 0.05)
+    async with fake_vm().listening(tmp_path / "sock") as peer, running(tmp_path) as run:
+        run.session.guest.policy._policy = kind(None)
+        await until(lambda: run.session.state is State.ATTACHED)
+        assert peer.plugin.ledger.deferring[Copy.SHARED]
+        flip(peer)
+        await until(lambda: not peer.plugin.ledger.deferring[Copy.SHARED])
+        assert run.session.view().fallen_back
+        assert run.session.guest.stats.decision_failures == 1
+        assert [n for n, _ in run.told].count(HostEventName.POLICY_FELL_BACK) == 1
+        assert '"fallback"' in run.lines()
+        await run.session.ask(SetPolicy(PolicyTable.model_validate(KEEP)))
+        await until(lambda: peer.plugin.ledger.deferring[Copy.SHARED])
+        assert run.session.view().fallen_back is None
+
+
+class Heir(Raises):
+    """Asks its predecessor."""
+
+    def swapped(self, previous: Policy) -> None:
+        """Refuses one of its own kind."""
+        if isinstance(previous, Heir):
+            raise TypeError("not again")
+
+
+async def test_swap_keeps_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new policy meets what the old one kept; one that can't take over changes nothing."""
+    make = PolicyTable.make
+    monkeypatch.setattr(
+        PolicyTable, "make", lambda self: Heir(None) if self.name == "heir" else make(self)
+    )
+    async with fake_vm().listening(tmp_path / "sock") as peer, running(tmp_path) as run:
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer, 2)
+        await until(lambda: run.session.guest.ledger.stale_bytes == 2 * PAGE)
+        await run.session.ask(SetPolicy(PolicyTable(name="heir")))
+        assert run.session.guest.ledger.stale_bytes == 2 * PAGE
+        assert (run.session.view().policy, peer.counts["x-upm-stale"]) == ("heir", 2)
+        with pytest.raises(PolicyError):
+            await run.session.ask(SetPolicy(PolicyTable(name="heir")))
+        quick = PolicyTable.model_validate({"name": "batched", "max_delay": "1 ms"})
+        await run.session.ask(SetPolicy(quick))
+        await until(lambda: peer.plugin.ledger.stale(Copy.SHARED) == 0)
+        assert [data["policy"] for n, data in run.told if n is HostEventName.POLICY_CHANGED] == [
+            "heir",
+            "batched",
+        ]
+
+
+async def test_budget_by_command_and_back(tmp_path: Path) -> None:
+    """The plugin has it at once; a change of the configuration's own budget undoes it."""
+    async with (
+        fake_vm().listening(tmp_path / "sock") as peer,
+        running(tmp_path, policy=KEEP, budget="1 MiB") as run,
+    ):
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer, 16)
+        await run.session.ask(SetBudget(8 * PAGE))
+        assert peer.plugin.ledger.budget == run.session.view().budget_bytes == 8 * PAGE
+        await until(lambda: peer.plugin.ledger.stale(Copy.SHARED) <= 8 * PAGE)
+        await run.session.ask(SetBudget(None))
+        assert peer.plugin.ledger.budget == MIB
+        await run.session.ask(SetBudget(8 * PAGE))
+        settings = run.session.guest.settings.model_copy(update={"budget": 2 * MIB})
+        await run.session.ask(Apply(settings))
+        assert peer.plugin.ledger.budget == 2 * MIB
+
+
+async def test_share_is_answered_when_it_is_kept(tmp_path: Path) -> None:
+    """The answer to a smaller part of the host's budget comes when no more than that is held."""
+    async with (
+        fake_vm().listening(tmp_path / "sock") as peer,
+        running(tmp_path, policy=KEEP) as run,
+    ):
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer, 4096)
+        assert await run.session.ask(SetShare(64 * PAGE)) <= 64 * PAGE
+        assert peer.plugin.ledger.stale(Copy.SHARED) <= 64 * PAGE
+
+
+async def test_flush_gives_back_and_counts(tmp_path: Path) -> None:
+    """Of one copy, or both; the answer is what the plugin gave back, the reason is counted."""
+    async with (
+        fake_vm().listening(tmp_path / "sock") as peer,
+        running(tmp_path, policy=KEEP) as run,
+    ):
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer, 5)
+        peer.plugin.convert(1, 16 * PAGE, 2 * PAGE, to_private=False)
+        assert await run.session.ask(Flush(Copy.PRIVATE)) == 2 * PAGE
+        assert peer.plugin.ledger.stale(Copy.SHARED) == 5 * PAGE
+        assert await run.session.ask(Flush(None)) == 5 * PAGE
+        assert await run.session.ask(Flush(None)) == 0
+        assert run.session.guest.stats.discarded_bytes == {
+            Copy.PRIVATE: {"flush": 2 * PAGE},
+            Copy.SHARED: {"flush": 5 * PAGE},
+        }
+
+
+async def test_what_needs_the_vm_is_unavailable_without(tmp_path: Path) -> None:
+    """A flush of nobody fails at once; settings are taken for later."""
+    async with running(tmp_path) as run:
+        await until(lambda: run.session.state is State.BACKOFF)
+        with pytest.raises(UnavailableError, match="not attached: backoff"):
+            await run.session.ask(Flush(None))
+        await run.session.ask(SetBudget(PAGE))
+        async with fake_vm().listening(tmp_path / "sock") as peer:
+            run.session.hurry()
+            await until(lambda: run.session.state is State.ATTACHED)
+            assert peer.plugin.ledger.budget == PAGE
+
+
+async def test_flush_of_a_vm_that_goes_is_answered(tmp_path: Path) -> None:
+    """The plugin takes the request and never answers: the break does."""
+    peer = fake_vm()
+    peer.replies["x-upm-discard"].append({})
+    async with peer.listening(tmp_path / "sock"), running(tmp_path, policy=KEEP) as run:
+        await until(lambda: run.session.state is State.ATTACHED)
+        flip(peer)
+        flush = run.session.ask(Flush(None))
+        await until(lambda: peer.counts["x-upm-discard"] == 1)
+        await peer.hang_up()
+        with pytest.raises(UnavailableError, match="went away"):
+            await flush
+
+
+async def test_too_many_asks_are_refused(tmp_path: Path) -> None:
+    """What waits for a session that does not come to it is bounded."""
+    async with running(tmp_path) as run:
+        asked = [run.session.ask(SetBudget(PAGE)) for _ in range(vm.ASKS_MOST + 1)]
+        with pytest.raises(UnavailableError):
+            await asked[-1]
+        await asyncio.gather(*asked[:-1])
 
 
 async def test_peer_that_breaks_at_once_is_not_hammered(
-    tmp_path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attaching does not make the pause short again: only a session that lasted does."""
-    monkeypatch.setattr(vm, "BACKOFF_FIRST", 0.02)
     pauses: list[float] = []
-    sleep = asyncio.sleep
 
-    async def note(seconds: float) -> None:
-        if seconds > 0.01:
-            pauses.append(seconds)
-        await sleep(min(seconds, 0.01))
+    async def note(_session: vm.Session, seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.sleep(0)
 
-    monkeypatch.setattr(vm.asyncio, "sleep", note)
-
-    async with running(tmp_path):
-        while peer.connections < 6:
-            peer.records = [[1, 1 << 20, 4096, 1, 1, 5, 1]]
-            await sleep(0.005)
-    assert pauses[4] > 4 * pauses[0]
+    monkeypatch.setattr(vm.Session, "_pause", note)
+    peer = fake_vm()
+    lie = {"cursor": 1, "dropped": 0, "records": [[1, 64 * MIB, PAGE, 1, 1, 5, 1]]}
+    peer.replies["x-upm-read"].extend([lie] * 100)
+    async with peer.listening(tmp_path / "sock"), running(tmp_path):
+        await until(lambda: len(pauses) > 8)
+    assert pauses[:7] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0]
 
 
-async def test_trouble_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A VM that is off is tried again and again, and fills neither log nor telemetry."""
-    monkeypatch.setattr(vm, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(vm, "BACKOFF_MOST", 0.002)
-    attempts = 0
-    connect = vm.Monitor.connect
+async def test_restarted_qemu_keeps_counters_monotonic(tmp_path: Path) -> None:
+    """The plugin's counters begin again, ours go on."""
+    async with running(tmp_path, policy=KEEP) as run:
+        stats = run.session.guest.stats
+        for boot in (1, 2, 3):
+            async with fake_vm(uuid=f"{boot:08d}-0000-4000-8000-000000000000").listening(
+                tmp_path / "sock"
+            ) as peer:
+                run.session.hurry()
+                await until(lambda: run.session.state is State.ATTACHED)
+                flip(peer, boot)
+                await until(lambda: run.session.guest.ledger.stale_bytes)
+                assert await run.session.ask(Flush(None)) == boot * PAGE
+            await until(lambda: run.session.state is State.BACKOFF)
+        async with fake_vm().listening(tmp_path / "sock"):
+            run.session.hurry()
+            await until(lambda: run.session.state is State.ATTACHED)
+    assert stats.discarded_bytes[Copy.SHARED] == {"flush": 6 * PAGE}
+    assert stats.reconnects == 3
 
-    async def count(self: vm.Monitor) -> None:
-        nonlocal attempts
-        attempts += 1
-        await connect(self)
 
-    monkeypatch.setattr(vm.Monitor, "connect", count)
-    async with running(tmp_path) as (_, telemetry):
-        await until(lambda: attempts > 5)
-    telemetry._writer.write_queued()
-    assert telemetry.path.read_text(encoding="utf-8").count('"lost"') == 1
+async def test_policy_may_name_reasons_without_end(tmp_path: Path) -> None:
+    """Reasons become labels of metrics: a bounded number is told apart."""
+    async with fake_vm().listening(tmp_path / "sock"), running(tmp_path) as run:
+        for number in range(100):
+            run.session.guest.stats.count_discard(Copy.SHARED, f"r{number}", PAGE, 0)
+        reasons = run.session.view().stats.discards[Copy.SHARED]
+        assert (len(reasons), reasons["other"]) == (17, 84)
+        assert Discard(Copy.SHARED, PageSet(), "x")
+
+
+async def test_defaults_are_applied(tmp_path: Path) -> None:
+    """Lease, doorbell and budget reach the plugin as they stand in the configuration."""
+    settings = VmSettings.model_validate({"lease": "7 s", "notify": "30 ms", "budget": "3 MiB"})
+    async with (
+        fake_vm().listening(tmp_path / "sock") as peer,
+        running(tmp_path, **settings.model_dump(exclude={"policy"})) as run,
+    ):
+        await until(lambda: run.session.state is State.ATTACHED)
+        worker = peer.plugin.worker
+        assert (worker.lease_ms, worker.notify_ms) == (7000, 30)
+        assert (peer.plugin.ledger.budget, run.session.view().plugin_version) == (3 * MIB, "0.1.0")
+
+
+async def test_broken_command_list_is_faulty(tmp_path: Path) -> None:
+    """What is no QEMU at all: it greets, and answers everything with an empty object."""
+    async with FakeQemu(lambda _c, _a: {}).listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.FAULTY)

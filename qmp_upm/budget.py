@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host's budget, divided over its VMs.
+
+The rule: each attached VM gets its part by weight, but no more than its own budget; what that
+leaves over goes to the others by the same rule. So the parts never add up to more than the whole,
+and a VM that is idle keeps its part: what others do does not change it.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from qmp_upm.asks import SetShare
+from qmp_upm.clock import Clock
+from qmp_upm.pages import PAGE_BYTES
+from qmp_upm.stats import State
+from qmp_upm.vm import Session
+
+ASK_SECONDS = 5.0
+"""How long a VM may take to go down to a smaller part; meanwhile it counts with its old one."""
+AGAIN_SECONDS = 1.0
+"""Until it is tried again, while a VM holds what it should not."""
+
+Name = TypeVar("Name")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A VM's weight, and the most that it may have in any case."""
+
+    weight: int
+    most_bytes: int
+
+
+def divide(total_bytes: int, claims: Mapping[Name, Claim]) -> dict[Name, int]:
+    """Each one's part, in whole pages; together at most ``total_bytes``."""
+    parts: dict[Name, int] = {}
+    left_bytes = max(0, total_bytes)
+    left_weight = sum(claim.weight for claim in claims.values())
+    # Those that their own budget holds below their part come first, and leave the rest more.
+    for name, claim in sorted(claims.items(), key=lambda item: item[1].most_bytes / item[1].weight):
+        part = min(claim.most_bytes, left_bytes * claim.weight // left_weight)
+        parts[name] = part // PAGE_BYTES * PAGE_BYTES
+        left_bytes -= parts[name]
+        left_weight -= claim.weight
+    return parts
+
+
+class Balancer:
+    """Keeps the parts of the host's budget right while VMs come and go.
+
+    A part is first taken from those that get less, then given to those that get more. A VM that was
+    lost counts with what it had until its lease has run out, one that does not go down with its
+    old part until it has.
+    """
+
+    def __init__(
+        self,
+        sessions: Callable[[], Iterable[Session]],
+        total_bytes: Callable[[], int | None],
+        clock: Clock,
+    ) -> None:
+        self._sessions = sessions
+        self._total_bytes = total_bytes
+        self._clock = clock
+        self._wanted = asyncio.Event()
+        self._late: dict[Session, int] = {}
+
+    def want(self) -> None:
+        """Something has changed that the parts depend on."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Divide anew whenever it is wanted, until cancelled."""
+        while True:
+            settled = await self.balance()
+            try:
+                async with asyncio.timeout(None if settled else AGAIN_SECONDS):
+                    await self._wanted.wait()
+            except TimeoutError:
+                pass
+            self._wanted.clear()
+
+    async def balance(self) -> bool:
+        """Divide now. False if that is not the end of it: a VM holds more than its part, or may."""
+        total_bytes = self._total_bytes()
+        sessions = list(self._sessions())
+        if total_bytes is None:
+            self._late.clear()
+            await self._ask({s: None for s in sessions if s.guest.share is not None})
+            return True
+        attached = [s for s in sessions if s.state is State.ATTACHED]
+        lost_bytes = sum(self._hold(s) for s in sessions if s not in attached)
+        self._late = {s: held for s, held in self._late.items() if s in attached}
+        while True:
+            parts = _divide(total_bytes - lost_bytes - sum(self._late.values()), attached)
+            less = {s: part for s, part in parts.items() if part < _may_hold(s) or s in self._late}
+            before = {s: self._late.get(s, _may_hold(s)) for s in less}
+            held = await self._ask(less)
+            late = {s: before[s] for s, part in less.items() if held.get(s, part + 1) > part}
+            settled = late.keys() <= self._late.keys()
+            self._late = late
+            if settled:
+                break
+        more = {s: part for s, part in parts.items() if s not in late and part != s.guest.share}
+        await self._ask(more)
+        return not late and not lost_bytes
+
+    def _hold(self, session: Session) -> int:
+        """What a VM that is not attached may still hold; it begins with nothing once that is 0."""
+        if session.held_until_ns > self._clock.monotonic_ns():
+            return _may_hold(session)
+        session.guest.share = 0
+        return 0
+
+    async def _ask(self, parts: Mapping[Session, int | None]) -> dict[Session, int]:
+        """Set parts; returns what each VM held then. Those that did not do it are not in it."""
+        asked = {session: session.ask(SetShare(part)) for session, part in parts.items()}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=ASK_SECONDS)
+        held = {}
+        for session, done in asked.items():
+            if done.done() and not done.cancelled() and done.exception() is None:
+                held[session] = done.result()
+            done.cancel()
+        return held
+
+
+def _may_hold(session: Session) -> int:
+    return session.guest.budget_bytes
+
+
+def _divide(total_bytes: int, sessions: Iterable[Session]) -> dict[Session, int]:
+    return divide(
+        total_bytes,
+        {s: Claim(s.guest.settings.weight, s.guest.own_budget_bytes) for s in sessions},
+    )

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A policy in its place: whatever it raises, returns or takes hurts its own VM only.
+
+A policy is anybody's code and runs in the event loop of all VMs. One that raises, returns what is
+no decision, or does not return is replaced by ``eager`` for its VM, and the reason kept.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+from qmp_upm.clock import Clock
+from qmp_upm.config import PolicyTable
+from qmp_upm.errors import PolicyError
+from qmp_upm.ledger import Ledger
+from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
+from qmp_upm.stats import VmStats
+
+DECIDE_SECONDS = 1.0
+"""The longest that a decision may take; it should take a thousandth of that."""
+AGAIN_SECONDS = 0.1
+"""Until a policy that catches everything is interrupted once more."""
+
+Result = TypeVar("Result")
+
+
+class ContainedPolicy:
+    """The policy of one VM, as ``table`` names it. ``fallen_back``: why it no longer decides."""
+
+    def __init__(self, table: PolicyTable, stats: VmStats, clock: Clock) -> None:
+        self.table = table
+        self.fallen_back: str | None = None
+        self.wake_at_ns: int | None = None
+        self._policy = table.make()
+        self.stats = stats
+        self._clock = clock
+
+    def swap(self, table: PolicyTable) -> None:
+        """Another policy from now on, which may ask the one before for what it has learnt.
+
+        ConfigError if it can't be made, PolicyError if it can't take over: the old one stays.
+        """
+        policy = table.make()
+        try:
+            with _time_limit():
+                policy.swapped(self._policy)
+        except Exception as error:
+            raise PolicyError(
+                f"the policy {table.name!r} can't take over: {error!r}",
+                hint="tell the policy's author; the one before goes on",
+            ) from error
+        self.table, self._policy = table, policy
+        self.fallen_back = self.wake_at_ns = None
+
+    def attached(self, ledger: Ledger) -> None:
+        """The VM is there, and the ledger is read."""
+        self._call(lambda policy: policy.attached(ledger, self._clock.monotonic_ns()))
+
+    def detached(self) -> None:
+        """The VM is gone, or is left."""
+        self._call(lambda policy: policy.detached())
+
+    def decide(self, batch: Batch, ledger: Ledger, pressure: Pressure) -> Decision:
+        """Its decision; ``eager`` once it has failed. The plugin itself drains what that keeps."""
+        begun_ns = self._clock.monotonic_ns()
+        decision = self._call(
+            lambda policy: checked(policy.decide(batch, ledger, begun_ns, pressure))
+        )
+        self.stats.count_decision(self._clock.monotonic_ns() - begun_ns)
+        self.wake_at_ns = decision.wake_at_ns if decision else None
+        return decision or Decision()
+
+    def _call(self, what: Callable[[Policy], Result]) -> Result | None:
+        """What it returns; None if the policy has failed, now or before."""
+        if self.fallen_back is not None:
+            return None
+        try:
+            with _time_limit():
+                return what(self._policy)
+        except Exception as error:  # noqa: BLE001 - it is anybody's code: all of it is contained
+            self.stats.decision_failures += 1
+            self.fallen_back = error.message if isinstance(error, PolicyError) else repr(error)
+        return None
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """PolicyError in what runs for longer than DECIDE_SECONDS.
+
+    Only Python's main thread can be interrupted, and only between two of its instructions.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, DECIDE_SECONDS, AGAIN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise PolicyError(
+        f"the policy did not decide within {DECIDE_SECONDS:.0f} s", hint="tell the policy's author"
+    )

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is known of a VM whether or not it is attached: settings, policy, ledger and counters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from qmp_upm.clock import Clock
+from qmp_upm.config import PolicyTable, VmSettings
+from qmp_upm.contained import ContainedPolicy
+from qmp_upm.events import HostEventName, Publisher
+from qmp_upm.ledger import Ledger
+from qmp_upm.pages import PAGE_BYTES, PageSet
+from qmp_upm.policy import Batch, Decision, Pressure
+from qmp_upm.protocol import Copy, Query
+from qmp_upm.recording import BOUNDS
+from qmp_upm.stats import PluginTotals
+from qmp_upm.telemetry import Telemetry
+from qmp_upm.trace import Block
+from qmp_upm.units import NSEC
+
+TELL_SECONDS = 1.0
+"""The least time between two events of one kind: a VM can't crowd out what others have to tell."""
+
+Tell = Callable[[HostEventName, Mapping[str, object]], None]
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Under which name a VM is looked after, with what, and where its counters go on."""
+
+    name: str
+    settings: VmSettings
+    telemetry: Telemetry
+    totals: PluginTotals
+
+
+class Guest:
+    """One VM. Its session's task changes it; others look."""
+
+    def __init__(self, admission: Admission, tell: Tell, clock: Clock) -> None:
+        self.clock = clock
+        self.name = admission.name
+        self.settings = admission.settings
+        self.telemetry = admission.telemetry
+        self.totals = admission.totals
+        self.stats = self.totals.stats
+        self.policy = ContainedPolicy(self.settings.policy, self.stats, clock)
+        self.batches: Publisher[Block] = Publisher(BOUNDS)
+        self.pressure = Pressure()
+        self.chosen_policy: PolicyTable | None = None
+        self.chosen_budget: int | None = None
+        self.share: int | None = None
+        """Of the host's budget; None while the host has none."""
+        self.ledger = Ledger(self.budget_bytes)
+        self._touched = PageSet()
+        self._tell = tell
+        self._told_ns: dict[HostEventName, int] = {}
+        self.set_budget()
+
+    @property
+    def own_budget_bytes(self) -> int:
+        """What it may hold by itself: by command, else by configuration."""
+        return self.settings.budget if self.chosen_budget is None else self.chosen_budget
+
+    @property
+    def budget_bytes(self) -> int:
+        """What it may hold now."""
+        own = self.own_budget_bytes
+        return own if self.share is None else min(own, self.share)
+
+    def set_budget(self) -> None:
+        """Have the ledger and the counters know of a changed budget."""
+        changed = self.ledger.budget_bytes != self.budget_bytes
+        self.ledger.budget_bytes = self.stats.budget_bytes = self.budget_bytes
+        if changed:
+            self.telemetry.line("budget", bytes=self.budget_bytes)
+            self.tell(HostEventName.BUDGET_CHANGED, budget=self.budget_bytes)
+
+    def admit(self, admission: Admission) -> None:
+        """It has another name, or another configuration."""
+        self.totals, self.stats = admission.totals, admission.totals.stats
+        self.policy.stats = self.stats
+        self.name, self.telemetry = admission.name, admission.telemetry
+        self.configure(admission.settings)
+
+    def configure(self, settings: VmSettings) -> None:
+        """Take what the configuration says now. What it changes, no command holds against it."""
+        before, self.settings = self.settings, settings
+        if settings.budget != before.budget:
+            self.chosen_budget = None
+        if settings.policy != before.policy:
+            self.chosen_policy = None
+            self.swap(settings.policy)
+        self.set_budget()
+
+    def swap(self, table: PolicyTable) -> None:
+        """Another policy over the same ledger. ConfigError or PolicyError: the one before stays."""
+        self.policy.swap(table)
+        parameters = table.parameters
+        log.info("policy-changed", vm=self.name, policy=table.name, parameters=parameters)
+        self.telemetry.line("policy", policy=table.name, parameters=parameters)
+        self.tell(HostEventName.POLICY_CHANGED, policy=table.name, parameters=parameters)
+
+    def tell(self, event: HostEventName, **data: object) -> None:
+        """Tell the host's subscribers."""
+        self._tell(event, data)
+
+    def tell_rarely(self, event: HostEventName, **data: object) -> None:
+        """The same for what the VM itself can cause as often as it likes."""
+        now_ns = self.clock.monotonic_ns()
+        if now_ns >= self._told_ns.get(event, -NSEC) + TELL_SECONDS * NSEC:
+            self._told_ns[event] = now_ns
+            self._tell(event, data)
+
+    def follow(self, batch: Batch, cursor: int) -> None:
+        """Conversions that the guest has made: into the ledger, the counters and the telemetry."""
+        if not len(batch) and not batch.dropped:
+            return
+        now_ns = self.clock.monotonic_ns()
+        self.batches.put(Block(batch.records, batch.dropped, now_ns))
+        applied = self.ledger.apply(batch.records, now_ns)
+        sizes = batch.records["size"]
+        to_private = batch.records["private"] == 1
+        touched = self.ledger.converted()
+        fresh_bytes = touched.bytes - touched.common_bytes(self._touched)
+        self._touched |= touched
+        self.stats.flips += (int(sizes.sum()) - fresh_bytes) // PAGE_BYTES
+        self.stats.dropped_records += batch.dropped
+        self.count_stale()
+        self.telemetry.line(
+            "batch",
+            cursor=cursor,
+            records=len(batch),
+            conversions=int(batch.records["count"].sum()),
+            to_private_bytes=int(sizes[to_private].sum()),
+            to_shared_bytes=int(sizes[~to_private].sum()),
+            deferred_bytes=applied.deferred_bytes,
+            reused_bytes=applied.reused_bytes,
+            dropped=batch.dropped,
+            stale_bytes=self.ledger.stale_bytes,
+        )
+
+    def resynchronise(self, stale: dict[Copy, PageSet], query: Query) -> None:
+        """Begin again with the plugin's own ledger."""
+        known = {region.id for region in query.regions}
+        self.ledger.replace(stale, self.clock.monotonic_ns())
+        self.ledger.forget_regions_but(known)
+        self._touched.drop_regions(set(self._touched.regions) - known)
+        self.stats.resyncs += 1
+        self.take(query)
+        self.count_stale()
+        self.telemetry.line("resync", stale_bytes=self.ledger.stale_bytes)
+
+    def take(self, query: Query) -> None:
+        """The plugin's counters, which are exact whatever was dropped on the way."""
+        self.totals.take(query.counters, query.latency_ns)
+        self.stats.peak_stale_bytes = query.stale.peak
+
+    def count_stale(self) -> None:
+        """Have the counters know of a changed ledger."""
+        for copy in Copy:
+            self.stats.stale_bytes[copy] = self.ledger.bytes_of(copy)
+
+    def decide(self, batch: Batch) -> Decision:
+        """The policy's decision; if it fails now, the reason is said once."""
+        before = self.policy.fallen_back
+        decision = self.policy.decide(batch, self.ledger, self.pressure)
+        if self.policy.fallen_back != before:
+            self._say_fallback(str(self.policy.fallen_back))
+        return decision
+
+    def _say_fallback(self, error: str) -> None:
+        policy = self.policy.table.name
+        log.error(
+            "fallback",
+            vm=self.name,
+            policy=policy,
+            error=error,
+            hint="its VM goes on with eager until another policy is set; tell the policy's author",
+        )
+        self.telemetry.line("fallback", policy=policy, error=error)
+        self.tell(HostEventName.POLICY_FELL_BACK, policy=policy, error=error)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who a QEMU says it is, and what the daemon makes of it: names are not trusted.
+
+A VM is called by the name that QEMU was given (``query-name``), else by its UUID (``query-uuid``),
+else after its socket. The name also names a file and a metric's label, so whatever is not a letter,
+a digit, ``.``, ``_`` or ``-`` is replaced.
+"""
+
+import re
+from collections.abc import Container
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import PurePath
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from qmp_upm.errors import CommandError
+from qmp_upm.protocol import Message, read_message
+from qmp_upm.qmp import Monitor
+
+NAME_MOST = 64
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
+_UNUSABLE = re.compile(r"[^A-Za-z0-9._-]+")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class _Name(Message):
+    """Answer to query-name."""
+
+    name: Annotated[str, Field(max_length=4096)] | None = None
+
+
+class _Uuid(Message):
+    """Answer to query-uuid."""
+
+    model_config = ConfigDict(alias_generator=None)
+
+    UUID: Annotated[str, Field(max_length=64)] = ""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a QEMU says of itself; None where it says nothing."""
+
+    name: str | None = None
+    uuid: str | None = None
+
+    def wanted_name(self, socket: str) -> str:
+        """The name that this VM should have, if nobody else has it."""
+        stem = PurePath(socket).name.removesuffix(".monitor").removesuffix(".sock")
+        for text in (self.name, self.uuid, stem):
+            if text and (name := usable(text)):
+                return name
+        return "vm"
+
+
+async def identify(monitor: Monitor) -> Identity:
+    """Ask QEMU. MessageError if it answers what is no name."""
+    name: str | None = None
+    uuid = ""
+    try:
+        name = read_message(_Name, await monitor.execute("query-name", oob=False)).name
+        uuid = read_message(_Uuid, await monitor.execute("query-uuid", oob=False)).UUID.lower()
+    except CommandError:
+        pass  # a QEMU may be built without them, and be called after its socket
+    known = _UUID.fullmatch(uuid) is not None and uuid != _NO_UUID
+    return Identity(name, uuid if known else None)
+
+
+def usable(text: str) -> str:
+    """The text as a name; empty if nothing of it can be used."""
+    return _UNUSABLE.sub("_", text[: 4 * NAME_MOST]).strip("._-")[:NAME_MOST]
+
+
+def unique(wanted: str, socket: str, taken: Container[str]) -> str:
+    """``wanted``, or if another VM is called so, the same with the socket's own part behind it."""
+    if wanted not in taken:
+        return wanted
+    first = f"{wanted[:24]}-{Identity().wanted_name(socket)[:34]}"
+    others = (f"{first}-{number}" for number in count(2))
+    return next(name for name in chain([first], others) if name not in taken)

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An attached VM: follow its conversions and do what its policy decides, until the link breaks.
+
+A turn of the loop begins when the plugin has something to say, the policy wants to be asked, the
+host has changed something, or the lease wants to be renewed; one read does that. A VM that does
+nothing costs one read every third of its lease.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from qmp_upm.backends import KvmAttributes, Request, Settings
+from qmp_upm.errors import MessageError, PeerError, PluginMissingError, UnavailableError
+from qmp_upm.events import HostEventName
+from qmp_upm.exits import PluginExits
+from qmp_upm.guest import Guest
+from qmp_upm.plugin import plugin_env
+from qmp_upm.policy import Batch, Discard
+from qmp_upm.protocol import COMMANDS, PROTOCOL, BudgetReached, Copy, Discarded, Event, Query
+from qmp_upm.qmp import Monitor
+from qmp_upm.units import NSEC
+
+SETTLE_SECONDS = 1.0
+"""What a step of leaving a VM may take."""
+RESYNC_SECONDS = 60.0
+"""The longest that reading the plugin's whole ledger may take."""
+TURN_SECONDS = 0.002
+"""The least time from one turn to the next, while the plugin has no backlog."""
+REFRESH_SECONDS = 2.0
+"""How old the plugin's counters may be while they change."""
+DRAIN_SECONDS = 2.0
+"""How long the plugin may take to give back what is above a smaller budget."""
+
+log = structlog.get_logger()
+
+
+class _Flush:
+    """A flush under way: the requests that are not finished, and the bytes of those that are."""
+
+    def __init__(self, done: asyncio.Future[int]) -> None:
+        self.done = done
+        self.waiting: set[int] = set()
+        self.given_back = 0
+
+    def finish(self, request: int, discarded: int) -> None:
+        """One of its requests is over."""
+        if request in self.waiting:
+            self.waiting.discard(request)
+            self.given_back += discarded
+            self.settle()
+
+    def settle(self) -> None:
+        """Answer, if nothing is under way."""
+        if not self.waiting and not self.done.done():
+            self.done.set_result(self.given_back)
+
+
+class Serving:
+    """One attachment to one VM. Raises PeerError when it is over."""
+
+    def __init__(self, guest: Guest, monitor: Monitor) -> None:
+        self._guest = guest
+        self._monitor = monitor
+        self._exits = PluginExits(monitor)
+        self._backend = KvmAttributes(
+            monitor,
+            self._settings(),
+            int(guest.clock.chance() * (1 << 40)) << 20,
+            lambda: guest.clock.monotonic_ns() / NSEC,
+        )
+        self._flushes: list[_Flush] = []
+        self._ask_policy = True
+        self._stale_counters = False
+        self._read_ns = self._query_ns = self._turn_ns = guest.clock.monotonic_ns()
+
+    def _settings(self) -> Settings:
+        settings = self._guest.settings
+        return Settings(
+            self._guest.budget_bytes,
+            max(1, int(settings.lease * 1000)),
+            max(1, int(settings.notify * 1000)),
+        )
+
+    async def attach(self) -> Query:
+        """Configure the plugin and read its ledger. PluginMissingError if there is none."""
+        if COMMANDS - await self._monitor.command_names():
+            raise PluginMissingError(
+                "this QEMU runs without the plugin",
+                hint=f"start QEMU with {plugin_env()} ('qmp-upm plugin env' prints it)",
+            )
+        query = await self._exits.query()
+        if query.protocol != PROTOCOL:
+            raise MessageError(
+                f"the plugin speaks protocol {query.protocol}, this daemon {PROTOCOL}",
+                hint="restart the VM with the plugin of this release",
+            )
+        self._exits.start(query.records.head)
+        await self._backend.configure(self._guest.decide(Batch()).defer)
+        await self._resynchronise()
+        self._guest.policy.attached(self._guest.ledger)
+        return query
+
+    async def serve(self, answer: Callable[[], Awaitable[None]]) -> None:
+        """Turn after turn. ``answer`` does what the host has asked for meanwhile."""
+        try:
+            while True:
+                await answer()
+                await self._turn(await self._monitor.wait_events(self._wait_seconds()))
+                await self._pace()
+        finally:
+            self._guest.policy.detached()
+            for flush in self._flushes:
+                if not flush.done.done():
+                    flush.done.set_exception(
+                        UnavailableError("the VM went away during the flush", hint="try again")
+                    )
+
+    def reconsider(self) -> None:
+        """Ask the policy in the next turn, whatever has happened."""
+        self._ask_policy = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the next turn begin now."""
+        self._monitor.wake()
+
+    async def reconfigure(self) -> None:
+        """The settings or the budget have changed."""
+        self._backend.settings = self._settings()
+        await self._backend.configure(self._backend.deferred or frozenset())
+        self.reconsider()
+
+    async def drain_to(self, budget_bytes: int) -> int:
+        """Wait until no more than that is stale, for a while; returns what is."""
+        deadline_ns = self._guest.clock.monotonic_ns() + int(DRAIN_SECONDS * NSEC)
+        while True:
+            stale = (await self._exits.query()).stale
+            held = stale.private + stale.shared
+            if held <= budget_bytes or self._guest.clock.monotonic_ns() >= deadline_ns:
+                return held
+            await asyncio.sleep(DRAIN_SECONDS / 100)
+
+    async def flush(self, copy: Copy | None, done: asyncio.Future[int]) -> None:
+        """Discard what is stale now; ``done`` is told the bytes when the plugin has."""
+        self._follow(await self._exits.read())
+        flush = _Flush(done)
+        self._flushes.append(flush)
+        for side in Copy if copy is None else (copy,):
+            requests = self._submit(Discard(side, self._guest.ledger.stale(side), "flush"))
+            flush.waiting |= {request.id for request in requests}
+        flush.settle()
+        await self._pump()
+
+    def _wait_seconds(self) -> float:
+        if not self._exits.drained:
+            return 0.0
+        due = self._read_ns + int(self._guest.settings.lease / 3 * NSEC)
+        if self._guest.policy.wake_at_ns is not None:
+            due = min(due, self._guest.policy.wake_at_ns)
+        if self._stale_counters:
+            due = min(due, self._query_ns + int(REFRESH_SECONDS * NSEC))
+        return max((due - self._guest.clock.monotonic_ns()) / NSEC, TURN_SECONDS)
+
+    async def _pace(self) -> None:
+        """A peer that sends events without end gets no more turns than others."""
+        now_ns = self._guest.clock.monotonic_ns()
+        left = TURN_SECONDS - (now_ns - self._turn_ns) / NSEC
+        if self._exits.drained and left > 0:
+            await asyncio.sleep(left)
+        self._turn_ns = self._guest.clock.monotonic_ns()
+
+    async def _turn(self, events: list[Event]) -> None:
+        stale = self._monitor.take_dropped_events() > 0
+        for event in events:
+            self._on_event(event)
+        if any(event.event == "X_UPM_LEASE_EXPIRED" for event in events):
+            await self._on_lease_expired()
+            stale = True
+        batch = await self._exits.read()
+        self._read_ns = self._guest.clock.monotonic_ns()
+        self._follow(batch)
+        if stale or batch.dropped:
+            await self._resynchronise()
+        if self._wants_decision(batch):
+            await self._decide(batch)
+        await self._pump()
+        await self._refresh()
+
+    def _wants_decision(self, batch: Batch) -> bool:
+        wake_ns = self._guest.policy.wake_at_ns
+        due = wake_ns is not None and self._guest.clock.monotonic_ns() >= wake_ns
+        return self._ask_policy or due or len(batch) > 0 or batch.dropped > 0
+
+    async def _decide(self, batch: Batch) -> None:
+        self._ask_policy = False
+        decision = self._guest.decide(batch)
+        if decision.defer != self._backend.deferred:
+            await self._backend.configure(decision.defer)
+        for discard in decision.discards:
+            self._submit(discard)
+
+    def _submit(self, discard: Discard) -> list[Request]:
+        self._guest.ledger.remove(discard.copy, discard.pages)
+        requests = self._backend.submit(discard)
+        for request in requests:
+            self._guest.telemetry.line(
+                "decision",
+                id=request.id,
+                copy=discard.copy,
+                bytes=request.bytes,
+                ranges=len(request.ranges),
+                reason=discard.reason,
+            )
+        self._guest.count_stale()
+        return requests
+
+    async def _pump(self) -> None:
+        refused = await self._backend.pump()
+        for request, error in refused:
+            self._guest.stats.failed_discards += 1
+            self._guest.telemetry.line("discard-refused", id=request.id, error=error.message)
+            for flush in self._flushes:
+                flush.finish(request.id, 0)
+        if refused:
+            await self._resynchronise()
+
+    async def _refresh(self) -> None:
+        """The plugin's counters, when they are old and have changed."""
+        due_ns = self._query_ns + int(REFRESH_SECONDS * NSEC)
+        if self._stale_counters and self._guest.clock.monotonic_ns() >= due_ns:
+            self._take(await self._exits.query())
+
+    def _take(self, query: Query) -> None:
+        self._guest.take(query)
+        self._stale_counters = False
+        self._query_ns = self._guest.clock.monotonic_ns()
+
+    def _follow(self, batch: Batch) -> None:
+        self._stale_counters |= len(batch) > 0 or batch.dropped > 0
+        self._guest.follow(batch, self._exits.cursor)
+
+    async def _resynchronise(self) -> None:
+        """Read the plugin's ledger. MessageError if it has no end."""
+        try:
+            async with asyncio.timeout(RESYNC_SECONDS):
+                query = await self._exits.query()
+                stale = await self._exits.read_stale(query)
+        except TimeoutError as error:
+            raise MessageError(
+                f"the plugin's ledger was not read within {RESYNC_SECONDS:.0f} s",
+                hint="the VM's QEMU or plugin is faulty; restart the VM",
+            ) from error
+        self._guest.resynchronise(stale, query)
+        self._take(query)
+        self._ask_policy = True
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event.data, Discarded):
+            self._on_discarded(event.data)
+        elif isinstance(event.data, BudgetReached):
+            self._stale_counters = True
+            self._guest.tell_rarely(
+                HostEventName.BUDGET_REACHED, stale=event.data.stale, budget=event.data.budget
+            )
+
+    async def _on_lease_expired(self) -> None:
+        self._guest.stats.lease_expiries += 1
+        log.warning(
+            "lease-expired", vm=self._guest.name, hint="this daemon was too slow, or stopped"
+        )
+        self._guest.tell_rarely(HostEventName.LEASE_EXPIRED)
+        await self._backend.configure(self._backend.deferred or frozenset())
+
+    def _on_discarded(self, done: Discarded) -> None:
+        request = self._backend.complete(done)
+        if request is None:
+            return
+        self._stale_counters = True
+        stats, discard = self._guest.stats, request.discard
+        stats.count_discard(discard.copy, discard.reason, done.discarded, done.skipped)
+        stats.failed_discards += done.error is not None
+        self._guest.telemetry.line(
+            "discard",
+            id=done.id,
+            copy=discard.copy,
+            discarded_bytes=done.discarded,
+            skipped_bytes=done.skipped,
+            error=done.error,
+        )
+        for flush in self._flushes:
+            flush.finish(done.id, done.discarded)
+        self._flushes = [flush for flush in self._flushes if flush.waiting]
+
+    async def leave(self) -> None:
+        """Stopped by the operator: leave the VM as if we had never been here."""
+        if self._backend.deferred is None:
+            return  # and so far we have not
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while self._backend.busy:
+                    for event in await self._monitor.wait_events(SETTLE_SECONDS):
+                        self._on_event(event)
+                    await self._backend.pump()
+        except (TimeoutError, PeerError):
+            pass  # what the plugin has been asked for it finishes; what not, it drains as eager
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                self._follow(await self._exits.read())
+                await self._backend.configure(frozenset())
+                query = await self._exits.query()
+                self._take(query)
+                self._guest.telemetry.line("detached", counters=query.counters)
+        except (TimeoutError, PeerError) as error:
+            log.warning(
+                "not-left-cleanly",
+                vm=self._guest.name,
+                error=str(error),
+                hint="the plugin does the same by itself when the lease runs out",
+            )

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host with several VMs: found, named, reloaded, given their parts of the budget, and left."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from qmp_upm.configfile import load_config
+from qmp_upm.errors import ConfigError, UnavailableError, UnknownVmError
+from qmp_upm.events import HostEvent, HostEventName
+from qmp_upm.host import Host
+from qmp_upm.pressure import PressureFiles
+from qmp_upm.protocol import Copy
+from qmp_upm.stats import State
+from qmp_upm.vm import Session
+from tests.unit.sessions import MIB, PAGE, fake_vm, until
+
+KEEP = 'policy = { name = "eager", copies = "none" }\n'
+
+
+def write(tmp_path: Path, text: str = "", head: str = "") -> Path:
+    """A configuration that looks for VMs in tmp_path/vms, every few milliseconds."""
+    (tmp_path / "vms").mkdir(exist_ok=True)
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'discovery = ["{tmp_path}/vms/*.monitor"]\n{head}\n[telemetry]\n'
+        f'directory = "{tmp_path}"\n{text}\n'
+    )
+    return file
+
+
+FAST = "[host]\ndiscovery_interval = 0.01\npressure_interval = 0.01\n"
+
+
+@contextlib.asynccontextmanager
+async def hosting(file: Path, files: PressureFiles | None = None) -> AsyncIterator[Host]:
+    """A host at work, which must leave nothing behind."""
+    before = asyncio.all_tasks()
+    host = Host(load_config(file), files=files)
+    host.start()
+    task = asyncio.create_task(host.run())
+    try:
+        yield host
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert {t for t in asyncio.all_tasks() if "vm " in t.get_name()} <= before
+
+
+def states(host: Host) -> dict[str, str]:
+    """Names and states."""
+    return {view.name: view.state.value for view in host.vms()}
+
+
+async def test_vms_come_restart_and_go(tmp_path: Path) -> None:
+    """Before the daemon, after it, again under the same socket, and for good."""
+    file = write(tmp_path, FAST)
+    early, late = tmp_path / "vms" / "early.monitor", tmp_path / "vms" / "late.monitor"
+    async with fake_vm(name="one").listening(early), hosting(file) as host:
+        events = host.subscribe()
+        await until(lambda: states(host) == {"one": "attached"})
+        (tmp_path / "vms" / "no-socket.monitor").write_text("")
+        async with fake_vm(name="two").listening(late):
+            await until(lambda: states(host) == {"one": "attached", "two": "attached"})
+        await until(lambda: states(host) == {"one": "attached"})
+        async with fake_vm(name="two").listening(late):
+            await until(lambda: states(host) == {"one": "attached", "two": "attached"})
+        await until(lambda: "two" not in states(host))
+        with pytest.raises(UnknownVmError) as caught:
+            host.vm("two")
+        assert "one" in caught.value.hint
+        events.close()
+        told = [event.name async for event in events if event.vm == "two"]
+    assert told.count(HostEventName.VM_ADDED) == told.count(HostEventName.VM_REMOVED) == 2
+
+
+async def test_names_are_not_trusted(tmp_path: Path) -> None:
+    """By name, else UUID, else socket; made usable, and never the name of another VM."""
+    file = write(tmp_path, f'{FAST}\n[vms.boss]\nsocket = "{tmp_path}/boss"\n')
+    uuid = "11111111-2222-3333-4444-555555555555"
+    made = {
+        "a": fake_vm(name="../../etc/pass wd"),
+        "b": fake_vm(name="", uuid=uuid),
+        "c": fake_vm(name="\u0001"),
+        "d": fake_vm(name="boss"),
+        "e": fake_vm(name="web"),
+        "f": fake_vm(name="web"),
+        "g": fake_vm(name="n" * 4000),
+    }
+    async with contextlib.AsyncExitStack() as stack:
+        for stem, peer in made.items():
+            await stack.enter_async_context(peer.listening(tmp_path / "vms" / f"{stem}.monitor"))
+        await stack.enter_async_context(fake_vm(name="x").listening(tmp_path / "boss"))
+        host = await stack.enter_async_context(hosting(file))
+        await until(lambda: list(states(host).values()).count("attached") == 8)
+        names = {Path(view.socket).stem: view.name for view in host.vms()}
+        assert names.pop("e") != names.pop("f")
+        assert names == {
+            "a": "etc_pass_wd",
+            "b": uuid,
+            "c": "c",
+            "d": "boss-d",
+            "g": "n" * 64,
+            "boss": "boss",
+        }
+        assert host.vm(uuid).uuid == uuid
+
+
+async def test_tables_apply_by_the_name_that_qemu_says(tmp_path: Path) -> None:
+    """Groups and single VMs, also when they are discovered."""
+    text = FAST + '[vms.g]\nmatch = ["w*"]\nbudget = "1 MiB"\n[vms.web]\nlease = "9 s"\n'
+    file = write(tmp_path, text)
+    async with (
+        fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"web": "attached"})
+        assert (peer.plugin.ledger.budget, peer.plugin.worker.lease_ms) == (MIB, 9000)
+        sources = {setting.key: setting.source for setting in host.config_of("web")}
+        assert "[vms.g]" in sources["budget"]
+        assert "[vms.web]" in sources["lease"]
+
+
+async def test_reload_swaps_live(tmp_path: Path) -> None:
+    """Policies change and ledgers stay; VMs that are no longer named are left, new ones served."""
+    one, two, three = (f'[vms.{n}]\nsocket = "{tmp_path}/{n}"\n' for n in ("one", "two", "three"))
+    async with contextlib.AsyncExitStack() as stack:
+        peers = {
+            name: await stack.enter_async_context(fake_vm(name="x").listening(tmp_path / name))
+            for name in ("one", "two", "three")
+        }
+        host = await stack.enter_async_context(
+            hosting(write(tmp_path, FAST + one + KEEP + two + KEEP))
+        )
+        await until(lambda: states(host) == {"one": "attached", "two": "attached"})
+        for name in ("one", "two"):
+            peers[name].plugin.convert(1, 0, PAGE, to_private=True)
+        await until(lambda: all(view.stale_bytes[Copy.SHARED] for view in host.vms()))
+        write(tmp_path, FAST + one + 'policy = { name = "lazy", max_age = "1 h" }\n' + three)
+        await host.reload()
+        await until(lambda: states(host) == {"one": "attached", "three": "attached"})
+        assert host.vm("one").policy == "lazy"
+        assert peers["one"].plugin.ledger.stale(Copy.SHARED) == PAGE
+        assert peers["one"].connections == 1
+        await until(lambda: peers["two"].plugin.ledger.stale(Copy.SHARED) == 0)
+        assert host.reload_state.successful
+
+
+async def test_bad_file_changes_nothing(tmp_path: Path) -> None:
+    """And is seen: by whoever reloads, by the metrics, and by whoever follows events."""
+    file = write(tmp_path, FAST)
+    async with hosting(file) as host:
+        events = host.subscribe()
+        config = host.config
+        write(tmp_path, "[host]\nbugdet = 1\n")
+        with pytest.raises(ConfigError, match=r"config\.toml:6: host\.bugdet"):
+            await host.reload()
+        assert host.config is config
+        assert not host.reload_state.successful
+        assert "bugdet" in str(host.reload_state.error)
+        write(tmp_path, FAST)
+        await host.reload()
+        assert host.reload_state.error is None
+        events.close()
+        assert [event.name async for event in events] == [
+            HostEventName.CONFIG_REJECTED,
+            HostEventName.CONFIG_RELOADED,
+        ]
+
+
+async def test_command_holds_until_the_configuration_changes(tmp_path: Path) -> None:
+    """set-policy and set-budget show as the source of what applies."""
+    file = write(tmp_path, FAST)
+    async with (
+        fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"web": "attached"})
+        await host.set_policy("web", "lazy", {"max_age": "1 h"})
+        await host.set_budget("web", MIB)
+        assert (host.vm("web").parameters, peer.plugin.ledger.budget) == ({"max_age": "1 h"}, MIB)
+        with pytest.raises(ConfigError, match="max_aeg"):
+            await host.set_policy("web", "lazy", {"max_aeg": 1})
+        with pytest.raises(ConfigError):
+            await host.set_budget("web", -1)
+        await host.reload()
+        sources = {setting.key: setting.source for setting in host.config_of("web")}
+        assert sources["policy"] == "command set-policy"
+        assert sources["budget"] == "command set-budget"
+        write(tmp_path, FAST + "[defaults]\n" + KEEP)
+        await host.reload()
+        assert host.vm("web").policy == "eager"
+        assert peer.plugin.ledger.budget == MIB
+        await host.set_budget("web", None)
+        assert peer.plugin.ledger.budget == 256 * MIB
+
+
+async def test_flush_by_name(tmp_path: Path) -> None:
+    """What the plugin gave back; a VM that is not there says why."""
+    file = write(tmp_path, FAST + "[defaults]\n" + KEEP + f'[vms.off]\nsocket = "{tmp_path}/off"\n')
+    async with (
+        fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host).get("web") == "attached")
+        peer.plugin.convert(1, 0, 4 * PAGE, to_private=True)
+        assert await host.flush("web") == 4 * PAGE
+        await until(lambda: states(host)["off"] == "backoff")
+        with pytest.raises(UnavailableError):
+            await host.flush("off")
+
+
+async def test_host_budget_is_divided_and_never_exceeded(tmp_path: Path) -> None:
+    """By weight, as VMs come and go; what all plugins may hold together is watched throughout."""
+    total = 8 * MIB
+    file = write(
+        tmp_path,
+        f'{FAST}\nbudget = "8 MiB"\n[defaults]\nlease = "0.5 s"\n{KEEP}'
+        '[vms.big]\nweight = 200\n[vms.small]\nbudget = "1 MiB"\n',
+    )
+    peers = {}
+
+    def divided(**wanted_mib: float) -> bool:
+        found = {name: peer.plugin.ledger.budget for name, peer in peers.items()}
+        assert sum(found.values()) <= total
+        assert sum(p.plugin.ledger.stale(c) for p in peers.values() for c in Copy) <= total
+        return all(abs(found[n] - mib * MIB) <= 2 * PAGE for n, mib in wanted_mib.items())
+
+    async with hosting(file) as host, contextlib.AsyncExitStack() as stack:
+        for name, parts in (
+            ("big", {"big": 8}),
+            ("other", {"big": 16 / 3, "other": 8 / 3}),
+            ("small", {"big": 14 / 3, "other": 7 / 3, "small": 1}),
+        ):
+            peers[name] = fake_vm(name=name)
+            socket = tmp_path / "vms" / f"{name}.monitor"
+            await stack.enter_async_context(peers[name].listening(socket))
+            await until(lambda parts=parts: divided(**parts))
+            peers[name].plugin.convert(1, 0, 32 * MIB, to_private=True)
+        await peers.pop("big").hang_up()
+        (tmp_path / "vms" / "big.monitor").unlink()
+        await until(lambda: divided(other=7, small=1))
+        assert {v.name: v.budget_bytes for v in host.vms()} == {"other": 7 * MIB, "small": MIB}
+        write(tmp_path, FAST + '[vms.small]\nbudget = "1 MiB"\n')
+        await host.reload()
+        await until(lambda: peers["other"].plugin.ledger.budget == 256 * MIB)
+
+
+async def test_session_that_dies_is_seen_and_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect of ours in one session costs that VM a moment, and nobody else anything."""
+    monkeypatch.setattr("qmp_upm.roster.RESTART_SECONDS", 0.01)
+    deaths = iter([True, True])
+    run = Session.run
+
+    async def dies(session: Session) -> None:
+        if session.socket.endswith("a.monitor") and next(deaths, False):
+            raise ZeroDivisionError
+        await run(session)
+
+    monkeypatch.setattr(Session, "run", dies)
+    file = write(tmp_path, FAST)
+    async with (
+        fake_vm(name="a").listening(tmp_path / "vms" / "a.monitor"),
+        fake_vm(name="b").listening(tmp_path / "vms" / "b.monitor"),
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"a": "attached", "b": "attached"})
+        assert host.roster.deaths == 2
+        assert host.ready
+
+
+async def test_counters_go_on_when_a_vm_is_back(tmp_path: Path) -> None:
+    """Even if it had been gone for long enough to be removed."""
+    file = write(tmp_path, FAST + "[defaults]\n" + KEEP)
+    async with hosting(file) as host:
+        for boot in (1, 2):
+            async with fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor") as peer:
+                await until(lambda: states(host) == {"web": "attached"})
+                peer.plugin.convert(1, 0, PAGE, to_private=True)
+                await host.flush("web")
+                flushed = host.vm("web").stats.discarded_bytes[Copy.SHARED]
+                assert flushed == {"flush": boot * PAGE}
+            await until(lambda: not states(host))
+
+
+async def test_pressure_reaches_the_policy(tmp_path: Path) -> None:
+    """The host's and the cgroup's, of VMs that hold something; and the policy is asked again."""
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "pressure").mkdir(parents=True)
+    (proc / "pressure" / "memory").write_text("some avg10=12.50 avg60=0.00 total=1\n")
+    files = PressureFiles(proc, cgroup)
+    file = write(tmp_path, FAST + "[defaults]\n" + KEEP)
+    async with (
+        fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file, files) as host,
+    ):
+        await until(lambda: states(host) == {"web": "attached"})
+        (session,) = host.sessions
+        own = proc / str(session.peer_pid)
+        own.mkdir()
+        (own / "cgroup").write_text("1:name=systemd:/old\n0::/machine.slice/web\n")
+        group = cgroup / "machine.slice" / "web"
+        group.mkdir(parents=True)
+        (group / "memory.current").write_text("4096\n")
+        assert session.guest.pressure.host_some_percent == 0
+        decisions = session.guest.stats.decisions
+        peer.plugin.convert(1, 0, PAGE, to_private=True)
+        await until(lambda: session.guest.pressure.cgroup_memory_bytes == 4096)
+        assert session.guest.pressure.host_some_percent == 12.5
+        await until(lambda: session.guest.stats.decisions > decisions + 1)
+
+
+async def test_events_are_bounded_for_who_does_not_read(tmp_path: Path) -> None:
+    """A subscriber that sleeps loses events, and is told how many."""
+    async with hosting(write(tmp_path, FAST)) as host:
+        events = host.subscribe()
+        for _ in range(2000):
+            host.events.put(HostEvent(HostEventName.VM_STATE, "x"))
+        events.close()
+        assert len([event async for event in events]) + events.dropped == 2000
+        assert events.dropped == 976
+
+
+async def test_states_are_told(tmp_path: Path) -> None:
+    """In the order in which they were."""
+    async with fake_vm(name="a").listening(tmp_path / "vms.sock"):
+        file = write(tmp_path, f'{FAST}[vms.a]\nsocket = "{tmp_path}/vms.sock"\n')
+        async with hosting(file) as host:
+            events = host.subscribe()
+            await until(lambda: states(host) == {"a": State.ATTACHED})
+            events.close()
+            told = [e.data["state"] async for e in events if e.name is HostEventName.VM_STATE]
+    assert told == ["attached"]
