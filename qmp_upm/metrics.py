@@ -101,7 +101,7 @@ VM_FAMILIES = (
     Family(
         "counter",
         "flips",
-        "Conversions of ranges that had been converted before.",
+        "Pages that the guest converted again, in either direction.",
         lambda vm: vm.stats.flips,
     ),
     Family(
@@ -236,6 +236,12 @@ VM_FAMILIES = (
         "telemetry_lost_lines",
         "Lines of telemetry that the disk was too slow or too full for.",
         lambda vm: vm.stats.lost_lines,
+    ),
+    Family(
+        "counter",
+        "unrecorded_records",
+        "Records of conversions that 'qmp-upm record' was too slow to take.",
+        lambda vm: vm.stats.unrecorded,
     ),
 )
 

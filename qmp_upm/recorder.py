@@ -15,13 +15,12 @@ LAST_SECONDS = 30.0
 async def record(
     client: ControlClient, vm: str, writer: TraceWriter, stop: asyncio.Event
 ) -> Receiver:
-    """Write the VM's conversions until ``stop`` is set or the VM is gone.
+    """Write the VM's conversions, after record-start, until ``stop`` is set or the VM is gone.
 
     Returns what was received and lost. ControlError if the daemon ends, or does not finish;
     TraceError if the file can't be written. What has been written is whole in either case.
     """
     receiver = Receiver()
-    await client.execute("record-start", {"name": vm})
     try:
         async with asyncio.timeout(None) as deadline:
             stopping = asyncio.create_task(_stop(client, vm, stop, deadline))

@@ -104,6 +104,8 @@ class VmStats:
     decision_ns: list[int] = field(default_factory=_histogram)
     lost_lines: int = 0
     """Telemetry lines that there was no room for, or that could not be written."""
+    unrecorded: int = 0
+    """Records that clients who record the VM were too slow to take."""
     plugin_counters: dict[str, int] = field(default_factory=dict)
     """As x-upm-query names them."""
     convert_ns: list[int] = field(default_factory=_histogram)

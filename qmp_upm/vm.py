@@ -78,6 +78,7 @@ class Session:
         """As it is now."""
         guest = self.guest
         guest.stats.lost_lines = guest.telemetry.lost_lines
+        guest.stats.unrecorded = guest.batches.dropped
         qemu, plugin, kind = self._versions or (None, None, None)
         return VmView(
             name=guest.name,

@@ -60,6 +60,7 @@ async def _record(
             parameters=view.parameters,
             budget_bytes=view.budget_bytes,
         ) as writer:
+            await client.execute("record-start", {"name": vm})
             typer.echo(f"recording {vm}, which is {view.state}; Ctrl-C ends it", err=True)
             timer = asyncio.create_task(_stop_after(seconds, stop))
             try:

@@ -43,6 +43,7 @@ def busy_stats() -> VmStats:
         reconnects=4,
         decision_failures=1,
         lost_lines=23,
+        unrecorded=29,
         peak_stale_bytes=2 << 20,
         budget_bytes=256 << 20,
         plugin_counters={
