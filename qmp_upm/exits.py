@@ -93,9 +93,10 @@ class PluginExits:
                     )
                     part = read_message(StaleRanges, answer)
                     done = part.done
-                    if not done and part.cursor <= cursor:
+                    # Only a full reply can have a next one: else there would be no end to them.
+                    if not done and (part.cursor <= cursor or len(part.ranges) < STALE_MOST):
                         raise MessageError(
-                            "x-upm-stale: the cursor does not advance",
+                            "x-upm-stale: there is said to be more, and it does not advance",
                             hint="the VM's QEMU or plugin is faulty; restart the VM",
                         )
                     cursor = part.cursor

@@ -99,6 +99,9 @@ class BoundedClient(QMPClient):
             self._wake.set()
 
     async def _on_message(self, msg: WireMessage) -> None:
+        # All of ours are strings; the library looks up whatever it gets, hashable or not.
+        if not isinstance(msg.get("id", ""), str):
+            raise ValueError("a reply has an id that is not ours")  # noqa: TRY004 - of the peer
         await super()._on_message(msg)
         self._received += 1
         if self._received % YIELD_EVERY == 0:

@@ -131,3 +131,8 @@ class Script:
         """The next fault for it."""
         waiting = self._faults[what]
         return waiting.popleft() if waiting else None
+
+    @property
+    def waiting(self) -> int:
+        """How many have not been met."""
+        return sum(len(faults) for faults in self._faults.values())
