@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the daemon costs with a host full of VMs: ``python -m benchmarks.daemon --json``.
+
+The daemon is the installed ``qmp-upm run``, in a process of its own; 256 fake VMs
+(`qmp_upm.testing`, checked against the real plugin by a test) are in another one, and one more VM,
+which can flood, in a third. Three phases:
+
+idle
+    Nothing converts, for ``--seconds``. ``idle_cpu_percent`` is of one core.
+load
+    1,000,000 conversions of 4 KiB a second in total, 3,906 a VM. A guest converts a buffer page by
+    page, and the plugin records neighbours as one: buffers of ``--run-pages`` (64: 256 KiB) make
+    15,625 records a second in total, 61 a VM. The policy is ``batched`` with ``max_bytes`` of one
+    page, so that each batch of conversions becomes a decision at once, and that a discard. Reaction
+    time is from a VM's first conversion that nobody has reacted to until the discard arrives; it
+    contains the wait for the doorbell (``notify``) and the fakes' own work.
+neighbours
+    255 VMs convert a run a second each, in turns beside a VM that is idle and one that floods with
+    single pages, as many records as the plugin can hold; the median over ``--rounds`` pairs of p99
+    beside the flood over p99 without it.
+
+CPU is the process' own time from /proc, so that other load on the machine hardly changes it;
+reaction times do change with it: the load average stands beside them.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import statistics
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.fakes import Fakes, Load, fakes
+from qmp_upm.units import NSEC
+
+TICKS = os.sysconf("SC_CLK_TCK")
+CONFIG = """
+[telemetry]
+directory = "{folder}/telemetry"
+[metrics]
+listen = ""
+[control]
+socket = "{folder}/control.sock"
+[defaults]
+lease = "5 s"
+notify = "{notify_ms} ms"
+budget = "1 GiB"
+policy = {{ {policy} }}
+"""
+PROMPT = 'name = "batched", max_bytes = "4 KiB", max_delay = "10 s"'
+SETTLE_SECONDS = 5.0
+
+
+class Daemon:
+    """The daemon under test, and what the kernel says of it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self._proc = Path(f"/proc/{process.pid}")
+
+    def cpu_seconds(self) -> float:
+        """Of user and system together, since its start."""
+        fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def resident_mib(self) -> float:
+        """Of its memory."""
+        pages = int((self._proc / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGESIZE") / (1 << 20)
+
+    def open_files(self) -> int:
+        """How many."""
+        return len(list((self._proc / "fd").iterdir()))
+
+    def threads(self) -> int:
+        """How many."""
+        return len(list((self._proc / "task").iterdir()))
+
+
+@contextlib.asynccontextmanager
+async def daemon(folder: Path, vms: int, policy: str, notify_ms: int) -> AsyncIterator[Daemon]:
+    """``qmp-upm run`` with these VMs, all attached."""
+    config = CONFIG.format(folder=folder, policy=policy, notify_ms=notify_ms)
+    for i in range(vms):
+        config += f'[vms.vm-{i:03}]\nsocket = "{folder}/vm-{i:03}.monitor"\n'
+    (folder / "config.toml").write_text(config)
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).with_name("qmp-upm")),
+        *("run", "--config", str(folder / "config.toml")),
+        stderr=asyncio.subprocess.PIPE,
+        limit=1 << 20,
+    )
+    assert process.stderr is not None  # noqa: S101 - a pipe
+    attached = 0
+    while attached < vms:
+        line = await process.stderr.readline()
+        if not line:
+            raise SystemExit("the daemon ended before all VMs were attached")
+        attached += b'"event": "attached"' in line
+    rest = asyncio.create_task(process.stderr.read())
+    try:
+        yield Daemon(process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        await process.wait()
+        for line in (await rest).splitlines()[:20]:
+            if b'"level": "info"' not in line:
+                print(line.decode(), file=sys.stderr)
+
+
+def percentile(values: list[int], percent: float) -> float:
+    """Milliseconds, of sorted nanoseconds."""
+    at = min(len(values) - 1, int(len(values) * percent / 100))
+    return values[at] / (NSEC / 1000) if values else float("nan")
+
+
+async def measure_idle(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """256 VMs that do nothing, under the default policy."""
+    async with (
+        fakes(folder, 0, options.vms),
+        daemon(folder, options.vms, 'name = "lazy"', options.notify_ms) as under,
+    ):
+        await asyncio.sleep(SETTLE_SECONDS)
+        before = under.cpu_seconds()
+        await asyncio.sleep(options.seconds)
+        used = under.cpu_seconds() - before
+        return {
+            "idle_cpu_percent": round(100 * used / options.seconds, 2),
+            "idle_rss_mib": round(under.resident_mib(), 1),
+        }
+
+
+async def measure_load(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A million conversions a second over all VMs."""
+    load = Load(options.seconds, options.conversions / options.vms, options.run_pages)
+    async with (
+        fakes(folder, 0, options.vms) as guests,
+        daemon(folder, options.vms, PROMPT, options.notify_ms) as under,
+    ):
+        await guests.load(Load(2.0, load.conversions_per_second, load.run_pages))
+        before = under.cpu_seconds()
+        report = await guests.load(load)
+        used = under.cpu_seconds() - before
+        reactions = report["reactions_ns"]
+        return {
+            "cpu_seconds_per_million": round(used / report["conversions"] * 1e6, 3),
+            "cpu_seconds_per_million_records": round(used / report["records"] * 1e6, 1),
+            "load_cpu_percent": round(100 * used / report["seconds"], 1),
+            "conversions_per_second": round(report["conversions"] / report["seconds"]),
+            "records_per_second": round(report["records"] / report["seconds"]),
+            "decisions_per_second": round(len(reactions) / report["seconds"]),
+            "reaction_p50_ms": round(percentile(reactions, 50), 1),
+            "reaction_p99_ms": round(percentile(reactions, 99), 1),
+            "dropped_records": report["dropped"],
+            "lease_expiries": report["lease_expiries"],
+            "fakes_cpu_percent": report["fakes_cpu_percent"],
+            "load_rss_mib": round(under.resident_mib(), 1),
+        }
+
+
+async def measure_neighbours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Pairs of the same load beside an idle VM and beside one that floods."""
+    quiet = Load(options.seconds / 2, float(options.run_pages), options.run_pages)
+    flood = Load(options.seconds / 2, float(options.flood), 1)
+    still = Load(options.seconds / 2, 0.0, 1)
+    ratios, p99s, floods = [], [], []
+
+    async def one(guests: Fakes, other: Fakes, load: Load) -> float:
+        report, beside = await asyncio.gather(guests.load(quiet), other.load(load))
+        if load is flood:
+            floods.append(beside["records"] / beside["seconds"])
+        return percentile(report["reactions_ns"], 99)
+
+    async with (
+        fakes(folder, 0, options.vms - 1) as guests,
+        fakes(folder, options.vms - 1, 1) as other,
+        daemon(folder, options.vms, PROMPT, options.notify_ms) as under,
+    ):
+        await one(guests, other, still)
+        before = under.cpu_seconds()
+        for turn in range(options.rounds):
+            pair = {}
+            for load in (still, flood) if turn % 2 else (flood, still):
+                pair[load] = await one(guests, other, load)
+            ratios.append(pair[flood] / pair[still])
+            p99s.append(pair[still])
+        used = under.cpu_seconds() - before
+    return {
+        "neighbour_p99_ratio": round(statistics.median(ratios), 3),
+        "neighbour_p99_ratios": [round(ratio, 3) for ratio in ratios],
+        "neighbour_p99_ms": round(statistics.median(p99s), 1),
+        "neighbour_cpu_percent": round(100 * used / (options.rounds * options.seconds), 1),
+        "flood_records_per_second": round(statistics.median(floods)),
+    }
+
+
+PHASES = {"idle": measure_idle, "load": measure_load, "neighbours": measure_neighbours}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="What the daemon costs with many VMs.")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--vms", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs with and without the flood")
+    parser.add_argument("--conversions", type=int, default=1_000_000, help="a second, of all VMs")
+    parser.add_argument("--run-pages", type=int, default=64, help="neighbours that become a record")
+    parser.add_argument("--flood", type=int, default=20_000, help="records a second of one VM")
+    parser.add_argument("--notify-ms", type=int, default=20, help="the daemon's default is 20")
+    parser.add_argument("--phase", choices=PHASES, action="append", help="only this one")
+    options = parser.parse_args()
+    results: dict[str, Any] = {"vms": options.vms, "run_pages": options.run_pages}
+    for phase in options.phase or PHASES:
+        with TemporaryDirectory() as folder:
+            results |= asyncio.run(PHASES[phase](Path(folder), options))
+        results[f"{phase}_load_average"] = round(os.getloadavg()[0], 2)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        for name, value in results.items():
+            print(f"{name:32} {value}")
+
+
+if __name__ == "__main__":
+    main()
