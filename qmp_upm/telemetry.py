@@ -142,14 +142,15 @@ class TelemetryWriter:
             try:
                 telemetry.write(self.files)
                 self._failing = False
-            except OSError as error:
+            except Exception as error:  # a thread that dies would take all VMs' telemetry with it
                 if not self._failing:
-                    log.error(  # noqa: TRY400 - an operator needs no traceback
+                    log.error(  # noqa: TRY400 - of a disk's trouble an operator needs no traceback
                         "telemetry-failed",
                         vm=telemetry.vm,
                         file=str(telemetry.path),
                         error=str(error),
                         hint="check the directory and the disk; the VMs are served all the same",
+                        exc_info=None if isinstance(error, OSError) else error,
                     )
                 self._failing = True
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPConnection
@@ -26,14 +27,14 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         yield made
 
 
-def write_config(tmp_path: Path, listen: str) -> Path:
+def write_config(tmp_path: Path, listen: str, more: str = "") -> Path:
     """One VM that is not there."""
     config = tmp_path / "config.toml"
     config.write_text(
         f'[telemetry]\ndirectory = "{tmp_path}"\n'
         f'[control]\nsocket = "{tmp_path}/control.sock"\n'
         f'[metrics]\nlisten = "{listen}"\n'
-        f'[vms.guest]\nsocket = "{tmp_path}/none"\n',
+        f'[vms.guest]\nsocket = "{tmp_path}/none"\n{more}',
         encoding="utf-8",
     )
     return config
@@ -58,10 +59,38 @@ def test_a_service_from_start_to_end(manager: socket.socket, daemon: subprocess.
     assert manager.recv(4096) == b"READY=1\nSTATUS=0 of 1 VMs attached"
     assert {manager.recv(4096), manager.recv(4096)} == {b"WATCHDOG=1"}
     daemon.send_signal(signal.SIGTERM)
+    beats_until(manager, b"STOPPING=1\n")
+    assert daemon.wait(20) == 0
+
+
+def beats_until(manager: socket.socket, start: bytes) -> bytes:
+    """The next datagram that begins so, after signs of life at most."""
     while (said := manager.recv(4096)) == b"WATCHDOG=1":
         pass
-    assert said.startswith(b"STOPPING=1\n")
-    assert daemon.wait(20) == 0
+    assert said.startswith(start), said
+    return said
+
+
+def test_a_reload_is_begun_and_ended(
+    tmp_path: Path, manager: socket.socket, daemon: subprocess.Popen[str]
+) -> None:
+    """Also one that fails: then the old configuration serves on, and a metric says so."""
+    assert daemon.stderr is not None
+    port = next(json.loads(x)["metrics_port"] for x in daemon.stderr if '"event": "started"' in x)
+    beats_until(manager, b"READY=1\n")
+    loaded = "qmp_upm_config_last_reload_successful"
+    for text, successful in (("[nonsense]\n", 0), ("", 1)):
+        write_config(tmp_path, "127.0.0.1:0", text)
+        begun_us = time.monotonic_ns() // 1000
+        daemon.send_signal(signal.SIGHUP)
+        said = beats_until(manager, b"RELOADING=1\nMONOTONIC_USEC=")
+        assert begun_us <= int(said.rpartition(b"=")[2]) <= time.monotonic_ns() // 1000
+        beats_until(manager, b"READY=1\n")
+        deadline = time.monotonic() + 20
+        while f"\n{loaded} {successful}.0\n" not in get(port, "/metrics")[2]:
+            assert time.monotonic() < deadline  # a page is shared for half a second
+            time.sleep(0.05)
+    assert daemon.poll() is None
 
 
 def get(port: int, path: str) -> tuple[int, str, str]:

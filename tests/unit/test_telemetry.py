@@ -106,6 +106,27 @@ def test_a_full_disk_costs_lines_and_says_how_many(tmp_path: Path) -> None:
     assert (totals["lost_lines"], totals["discarded_bytes"]) == (3, 4096)
 
 
+async def test_a_defect_does_not_end_the_thread(tmp_path: Path) -> None:
+    """It is logged with its traceback, its lines are counted, and those of others are written."""
+    left = ["first"]
+
+    def before() -> None:
+        if left:
+            raise KeyError(left.pop())
+
+    writer = TelemetryWriter(FaultyDisk(tmp_path, before))
+    first, second = writer.of("a"), writer.of("b")
+    first.line("batch")
+    second.line("batch")
+    with structlog.testing.capture_logs() as logs:
+        writer.start()
+        assert await writer.close(20)
+    assert [(line["event"], bool(line["exc_info"])) for line in logs] == [
+        ("telemetry-failed", True)
+    ]
+    assert (first.lost_lines, len(read_lines(second.path))) == (1, 1)
+
+
 @pytest.fixture
 def file_limit() -> Iterator[int]:
     """No file of this process grows beyond so many bytes: what a full disk does to a write."""
