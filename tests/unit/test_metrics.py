@@ -16,8 +16,9 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import qmp_upm
-from qmp_upm.exposition import FRESH_SECONDS, Exposition
-from qmp_upm.host import ReloadState
+from qmp_upm.config import Config
+from qmp_upm.exposition import FRESH_SECONDS, Exposition, pages
+from qmp_upm.host import Host, ReloadState
 from qmp_upm.looplag import LoopLag
 from qmp_upm.metrics import VM_FAMILIES, daemon_metrics
 from qmp_upm.protocol import Copy
@@ -189,6 +190,21 @@ async def test_others_run_while_the_page_is_written() -> None:
         await asyncio.sleep(0)
         rounds += 1
     assert rounds > 500
+
+
+async def test_pages_of_a_host(tmp_path: Path) -> None:
+    """Alive at once, ready when it says so, and its metrics are those of its sessions."""
+    ready = [False]
+    config = Config.model_validate({"telemetry": {"directory": tmp_path}, "discovery": ["/x/*"]})
+    served = pages(Host(config), LoopLag(), lambda: ready[0])
+    assert (await served["/healthz"]()).status == 200
+    assert (await served["/readyz"]()).status == 503
+    ready[0] = True
+    assert (await served["/readyz"]()).status == 200
+    text = (await served["/metrics"]()).body.decode()
+    assert "\nqmp_upm_config_last_reload_successful 1.0\n" in text
+    assert "\nprocess_open_fds " in text
+    assert "domain=" not in text
 
 
 async def test_the_page_is_shared() -> None:
