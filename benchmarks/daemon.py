@@ -48,7 +48,6 @@ listen = ""
 [control]
 socket = "{folder}/control.sock"
 [defaults]
-lease = "5 s"
 notify = "{notify_ms} ms"
 budget = "1 GiB"
 policy = {{ {policy} }}

@@ -55,14 +55,15 @@ class PluginExits:
                     f"{len(read.records)} records and {read.dropped} dropped",
                     hint="the VM's QEMU or plugin is faulty; restart the VM",
                 )
-            await self._check(read.records)
+            if len(read.records):
+                await self._check(read.records)
             parts.append(read.records)
             dropped += read.dropped
             self.cursor = read.cursor
             self.drained = len(read.records) < READ_MOST
             if self.drained:
                 break
-        return Batch(np.concatenate(parts), dropped)
+        return Batch(parts[0] if len(parts) == 1 else np.concatenate(parts), dropped)
 
     async def _check(self, records: Records) -> None:
         """Every range lies in a region that is, or has been, there."""

@@ -22,8 +22,10 @@ from qmp_upm.protocol import COMMANDS, PROTOCOL, BudgetReached, Copy, Discarded,
 from qmp_upm.qmp import Monitor
 from qmp_upm.units import NSEC
 
+LEAVE_SECONDS = 2.5
+"""What leaving a VM may take, beside all others that are left at the same time."""
 SETTLE_SECONDS = 1.0
-"""What a step of leaving a VM may take."""
+"""What of that the plugin may take with the discards that are under way."""
 RESYNC_SECONDS = 60.0
 """The longest that reading the plugin's whole ledger may take."""
 TURN_SECONDS = 0.002
@@ -298,17 +300,10 @@ class Serving:
         if self._backend.deferred is None:
             return  # and so far we have not
         try:
-            async with asyncio.timeout(SETTLE_SECONDS):
-                while self._backend.busy:
-                    for event in await self._monitor.wait_events(SETTLE_SECONDS):
-                        self._on_event(event)
-                    await self._backend.pump()
-        except (TimeoutError, PeerError):
-            pass  # what the plugin has been asked for it finishes; what not, it drains as eager
-        try:
-            async with asyncio.timeout(SETTLE_SECONDS):
-                self._follow(await self._exits.read())
+            async with asyncio.timeout(LEAVE_SECONDS):
                 await self._backend.configure(frozenset())
+                await self._settle()
+                self._follow(await self._exits.read())
                 query = await self._exits.query()
                 self._take(query)
                 self._guest.telemetry.line("detached", counters=query.counters)
@@ -316,6 +311,17 @@ class Serving:
             log.warning(
                 "not-left-cleanly",
                 vm=self._guest.name,
-                error=str(error),
+                error=str(error) or f"not done within {LEAVE_SECONDS} s",
                 hint="the plugin does the same by itself when the lease runs out",
             )
+
+    async def _settle(self) -> None:
+        """Hear what became of the discards that are under way, if that does not take long."""
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while self._backend.busy:
+                    for event in await self._monitor.wait_events(SETTLE_SECONDS):
+                        self._on_event(event)
+                    await self._backend.pump()
+        except TimeoutError:
+            log.info("discards-under-way", vm=self._guest.name)

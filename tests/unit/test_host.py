@@ -316,6 +316,25 @@ async def test_pressure_reaches_the_policy(tmp_path: Path) -> None:
         await until(lambda: session.guest.stats.decisions > decisions + 1)
 
 
+async def test_hundreds_are_left_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All VMs are found, served, and left fail-safe together, the silent ones by their lease."""
+    monkeypatch.setattr("qmp_upm.serving.LEAVE_SECONDS", 20)
+    monkeypatch.setattr("qmp_upm.roster.LEAVE_SECONDS", 20)
+    file = write(tmp_path, FAST + "[defaults]\n" + KEEP)
+    peers = [fake_vm(name=f"vm-{number}") for number in range(200)]
+    async with contextlib.AsyncExitStack() as stack:
+        for peer in peers:
+            socket = tmp_path / "vms" / f"{peer.name}.monitor"
+            await stack.enter_async_context(peer.listening(socket))
+        async with hosting(file) as host:
+            await until(lambda: list(states(host).values()).count("attached") == 200)
+            for peer in peers:
+                peer.plugin.convert(1, 0, PAGE, to_private=True)
+            await until(lambda: sum(v.stale_bytes[Copy.SHARED] for v in host.vms()) == 200 * PAGE)
+        assert not any(any(peer.plugin.ledger.deferring.values()) for peer in peers)
+        await until(lambda: not any(peer.plugin.ledger.stale(Copy.SHARED) for peer in peers))
+
+
 async def test_events_are_bounded_for_who_does_not_read(tmp_path: Path) -> None:
     """A subscriber that sleeps loses events, and is told how many."""
     async with hosting(write(tmp_path, FAST)) as host:
