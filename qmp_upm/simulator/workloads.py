@@ -2,9 +2,8 @@
 """Conversions of guests as they are known to behave, made from a seed.
 
 Numbers and sizes of conversions are public figures of firmware and Linux, said at each workload;
-what no figure tells (times within a boot, places in RAM) is an assumption, said too. Times are
-nanoseconds from the first conversion on; every workload ends ten minutes after its start, as the
-guest of an operator goes on when it has booted.
+what no figure tells (times within a boot, places in RAM) is an assumption, said too. Every workload
+ends ten minutes after its start, as the guest of an operator goes on when it has booted.
 """
 
 from collections.abc import Callable
@@ -33,14 +32,14 @@ def ovmf(rng: Generator) -> Records:
     """Firmware before December 2022: a conversion there and back for each DMA transaction.
 
     5,100 transactions, 5,080 of them below 32 KiB (published when the firmware was mended), over a
-    few hot pages. Assumed: one to seven pages each, at one of four places, half a millisecond for a
-    transfer and a millisecond from one to the next, with twelve pauses of half a second.
+    few hot pages. Assumed: the firmware allocates from the top down, so that buffers end at one
+    place, or below another one that is in use; one to seven pages; half a millisecond for a
+    transfer, a millisecond from one to the next, and twelve pauses of half a second.
     """
-    count, large = 5100, 20
+    count, large, top = 5100, 20, 256
     pages = np.minimum(rng.geometric(0.6, count), 7)
     pages[rng.choice(count, large, replace=False)] = rng.integers(8, 65, large)
-    slots = np.array([0, 96, 192, 288])
-    offset = slots[rng.choice(4, count, p=[0.7, 0.15, 0.1, 0.05])]
+    offset = top - pages - rng.choice([0, 1, 2, 4, 7], count, p=[0.8, 0.1, 0.05, 0.03, 0.02])
     pause_s = rng.exponential(0.0010, count)
     pause_s[rng.choice(count, 12, replace=False)] += 0.5
     share_s = np.cumsum(pause_s)
@@ -108,11 +107,14 @@ def hostile(rng: Generator) -> Records:
 
 
 def random_trace(rng: Generator) -> Records:
-    """Anything: some ranges of any size, each with return times of its own scale, µs to minutes."""
+    """Anything: up to twelve ranges of any size, each with return times of a scale of its own.
+
+    Each flips 30 to 120 times, at intervals without memory whose mean is from 10 µs to 10 s.
+    """
     parts = []
-    for slot in range(int(rng.integers(1, 12))):
-        flips = int(rng.integers(1, 60))
-        gap_s = 10 ** rng.uniform(-5, 1.5) * rng.exponential(1.0, flips)
+    for slot in range(int(rng.integers(1, 13))):
+        flips = int(rng.integers(30, 121))
+        gap_s = 10 ** rng.uniform(-5, 1) * rng.exponential(1.0, flips)
         pages = np.full(flips, int(2 ** rng.uniform(0, 10)))
         offset = np.full(flips, slot * 4096)
         private = (np.arange(flips) + int(rng.integers(2))) % 2
