@@ -24,7 +24,10 @@ from qmp_upm.stats import VmView
 VMS_AT_ONCE = 8
 """Of one metric, written before others are let run: a fraction of a millisecond."""
 FRESH_SECONDS = 0.5
-"""A text that is younger is given again."""
+"""A text that is younger is given again; and up to FRESH_MOST if it took long to make."""
+FRESH_MOST = 5.0
+FRESH_TIMES = 10
+"""Times what it took: so asking without end costs a tenth of a processor at most."""
 
 
 class _One:
@@ -51,14 +54,17 @@ class Exposition:
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
         self._text = b""
-        self._made_s: float | None = None
+        self._fresh_until_s: float | None = None
 
     async def text(self) -> bytes:
         """In Prometheus' text format 0.0.4."""
         async with self._one_at_a_time:
-            if self._made_s is None or self._clock() - self._made_s >= FRESH_SECONDS:
+            begun_s = self._clock()
+            if self._fresh_until_s is None or begun_s >= self._fresh_until_s:
                 self._text = await self._write()
-                self._made_s = self._clock()
+                ended_s = self._clock()
+                fresh_s = max(FRESH_SECONDS, FRESH_TIMES * (ended_s - begun_s))
+                self._fresh_until_s = ended_s + min(fresh_s, FRESH_MOST)
             return self._text
 
     async def _write(self) -> bytes:

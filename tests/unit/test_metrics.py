@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import qmp_upm
 from qmp_upm.config import Config
-from qmp_upm.exposition import FRESH_SECONDS, Exposition, pages
+from qmp_upm.exposition import FRESH_MOST, FRESH_SECONDS, Exposition, pages
 from qmp_upm.host import Host, ReloadState
 from qmp_upm.looplag import LoopLag
 from qmp_upm.metrics import VM_FAMILIES, daemon_metrics
@@ -207,19 +207,26 @@ async def test_pages_of_a_host(tmp_path: Path) -> None:
     assert "domain=" not in text
 
 
-async def test_the_page_is_shared() -> None:
-    """Whoever asks within half a second gets the same text, made once."""
+@pytest.mark.parametrize(
+    ("took_s", "fresh_s"), [(0.0, FRESH_SECONDS), (0.2, 2.0), (7.0, FRESH_MOST)]
+)
+async def test_the_page_is_shared(took_s: float, fresh_s: float) -> None:
+    """Whoever asks soon enough gets the same text, made once: longer if it was dear."""
     clock, asked = [0.0], 0
 
     def pictures() -> Iterator[VmView]:
         nonlocal asked
         asked += 1
+        clock[0] += took_s
         yield from VIEWS
 
     page = Exposition(pictures, lambda: (), lambda: clock[0])
     texts = await asyncio.gather(*(page.text() for _ in range(50)))
     assert (asked, len(set(texts))) == (1, 1)
-    clock[0] += FRESH_SECONDS
+    clock[0] += fresh_s - 0.01
+    await page.text()
+    assert asked == 1
+    clock[0] += 0.02
     await page.text()
     assert asked == 2
 
