@@ -6,7 +6,7 @@ SOURCES := pyproject.toml meson.build README.md LICENSE $(wildcard plugin/*) \
 	$(shell find qmp_upm policies -name '*.py' -o -name py.typed)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lint build packages clean
+.PHONY: help demo test bench lab lint build packages clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -19,6 +19,9 @@ test: build ## Run all tests
 	$(BIN)/pytest
 
 
+
+bench: build ## Measure the table of benchmarks/RESULTS.md; a quarter of an hour on a quiet machine
+	$(BIN)/python -m benchmarks
 
 lab: build ## Build the lab: kernel, guest and test-only preload
 	$(BIN)/python -m tests.lab build

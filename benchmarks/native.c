@@ -6,7 +6,7 @@
  * A thread goes through the plugin, or past it as a QEMU does that has none: in blocks that take
  * turns, so that both meet the same noise. Each way has pages of its own.
  *
- *   BENCH_WORK     plain | flips | threads | latency
+ *   BENCH_WORK     plain | flips | threads | latency | turns (turns.c)
  *   BENCH_OUT      the result: text, a line for each sample
  *   BENCH_THREADS, BENCH_COUNT, BENCH_PAGES   how many threads, round trips in each block, pages in
  *                  each conversion
@@ -27,15 +27,11 @@
 #include <unistd.h>
 
 #include "../plugin/kvm-abi.h"
+#include "native.h"
 
-#define PAGE 4096ull
-#define MIB (1ull << 20)
-#define AREA (256 * MIB)      /* guest address of the pages that threads convert */
-#define THREAD_BYTES (8 * MIB)
 #define BACKLOG (1024 * MIB)  /* below 2 GiB: one region, one slot */
 #define BLOCKS 60
 #define SAMPLES (8u << 20)
-#define THREADS_MOST 8
 #define QUIET_NS 2000000000ull
 
 static int (*next_ioctl)(int fd, unsigned long request, ...);
@@ -46,10 +42,11 @@ static int (*libc_fallocate)(int fd, int mode, off64_t offset, off64_t bytes);
 static int (*libc_madvise)(void *start, size_t bytes, int advice);
 static __thread bool past_plugin, no_discards;
 
+FILE *out;
+__thread unsigned punches;
 static char *ram;
 static int guest_memfd = -1;
 static int (*convert_memory)(uint64_t start, uint64_t size, bool to_private);
-static FILE *out;
 static uint64_t last_slot_ns;
 static unsigned threads, count, pages;
 static int stop;
@@ -78,7 +75,7 @@ static void find_functions(void)
     next_ioctl = dlsym(RTLD_NEXT, "ioctl");
 }
 
-static uint64_t now_ns(void)
+uint64_t now_ns(void)
 {
     struct timespec t;
 
@@ -93,7 +90,7 @@ static unsigned setting(const char *name, unsigned otherwise)
     return text ? strtoul(text, NULL, 10) : otherwise;
 }
 
-static uint64_t timed_convert(uint64_t gpa, uint64_t bytes, bool to_private)
+uint64_t timed_convert(uint64_t gpa, uint64_t bytes, bool to_private)
 {
     uint64_t start = now_ns();
 
@@ -101,21 +98,19 @@ static uint64_t timed_convert(uint64_t gpa, uint64_t bytes, bool to_private)
     return now_ns() - start;
 }
 
-/* What the guest does between two conversions: there must be something to discard. */
-static void touch_shared(uint64_t gpa, uint64_t bytes)
+void touch_shared(uint64_t gpa, uint64_t bytes)
 {
     for (uint64_t at = 0; at < bytes; at += PAGE) {
         ram[gpa + at] = 1;
     }
 }
 
-static void touch_private(uint64_t gpa, uint64_t bytes)
+void touch_private(uint64_t gpa, uint64_t bytes)
 {
     libc_fallocate(guest_memfd, 0, gpa, bytes);
 }
 
-/* There and back; nanoseconds of the two conversions. */
-static uint64_t round_trip(uint64_t gpa, uint64_t bytes)
+uint64_t round_trip(uint64_t gpa, uint64_t bytes)
 {
     uint64_t ns;
 
@@ -264,6 +259,7 @@ static void *bench(void *unused)
 {
     static const struct { const char *name; void (*run)(void); } works[] = {
         { "flips", work_flips }, { "threads", work_threads }, { "latency", work_latency },
+        { "turns", work_turns },
     };
     void (*register_thread)(void) = dlsym(RTLD_DEFAULT, "rcu_register_thread");
 
@@ -353,6 +349,7 @@ int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
     if (no_discards) {
         return 0;
     }
+    punches += !!(mode & FALLOC_FL_PUNCH_HOLE);
     return (past_plugin ? libc_fallocate : next_fallocate)(fd, mode, offset, bytes);
 }
 

@@ -22,9 +22,15 @@ from tests.lab.build import LabError
 from tests.lab.inside import KVM_TYPE
 from tests.lab.machine import plugin_file
 
+HERE = "../../benchmarks"
 WAIT_SECONDS = 120.0
 RAM = "4G"
 DEFER = {"private": "defer", "shared": "defer", "budget": 1 << 40}
+
+
+def preload() -> Path:
+    """What makes the conversions."""
+    return build.preload(f"{HERE}/native.c", f"{HERE}/turns.c", headers=(f"{HERE}/native.h",))
 
 
 def _wait(done: Any, what: str, process: subprocess.Popen[str]) -> None:
@@ -40,11 +46,12 @@ def _wait(done: Any, what: str, process: subprocess.Popen[str]) -> None:
 
 @dataclass
 class Native:
-    """A running QEMU and what its benchmark has written."""
+    """A running QEMU and what its benchmark has written. ``socket``: a monitor for a daemon."""
 
     monitor: QEMUMonitorProtocol
     process: subprocess.Popen[str]
     output: Path
+    socket: Path
 
     def wrote(self, word: str) -> bool:
         """Whether the benchmark has come to this line."""
@@ -71,11 +78,12 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
     version = subprocess.run(
         ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
     ).stdout.split()[3]
-    objects = [build.preload("../../benchmarks/native.c"), build.shim()]
+    objects = [preload(), build.shim()]
     objects += [Path(plugin_file())] if settings is not None else []
-    objects.append(build.preload("../../benchmarks/attributes.c"))
+    objects.append(build.preload(f"{HERE}/attributes.c"))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
+        os.mkfifo(f"{folder}/turns")
         process = subprocess.Popen(
             [
                 "qemu-system-x86_64",
@@ -84,6 +92,7 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
                 *("-nodefaults", "-display", "none", "-no-reboot", "-S", "-monitor", "none"),
                 *("-kernel", str(build.payload()), "-append", "workload=flip flips=1"),
                 *("-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
+                *("-qmp", f"unix:{folder}/daemon,server=on,wait=off"),
             ],
             env=dict(
                 os.environ,
@@ -91,6 +100,7 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
                 LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])],
                 BENCH_WORK=work,
                 BENCH_OUT=str(output),
+                BENCH_TURNS=f"{folder}/turns",
                 **{f"BENCH_{name.upper()}": str(value) for name, value in bench.items()},
             ),
             stderr=subprocess.PIPE,
@@ -103,7 +113,7 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
             if settings:
                 monitor.cmd("x-upm-configure", **settings)
             monitor.cmd("cont")
-            yield Native(monitor, process, output)
+            yield Native(monitor, process, output, Path(folder) / "daemon")
             monitor.close()
         finally:
             process.kill()

@@ -18,8 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.native import DEFER, native
-from tests.lab import build
+from benchmarks.native import DEFER, native, preload
 from tests.lab.build import LabError, say
 from tests.lab.machine import plugin_file
 
@@ -47,8 +46,11 @@ def plain_ioctl() -> Figures:
     """An ioctl that is none of ours: what it takes more than past the plugin, in nanoseconds."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        preload = f"{build.preload('../../benchmarks/native.c')}:{plugin_file()}"
-        env = {"LD_PRELOAD": preload, "BENCH_WORK": "plain", "BENCH_OUT": str(output)}
+        env = {
+            "LD_PRELOAD": f"{preload()}:{plugin_file()}",
+            "BENCH_WORK": "plain",
+            "BENCH_OUT": str(output),
+        }
         subprocess.run(["/bin/true"], check=True, env=env | {"BENCH_COUNT": str(PLAIN)})
         lines = (line.split() for line in output.read_text(encoding="utf-8").splitlines())
         found = by_word((word, int(value)) for word, value in lines)

@@ -44,7 +44,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where things are kept from one run to the next."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(base) / "qmp-upm"
     path.mkdir(parents=True, exist_ok=True)
@@ -54,9 +55,9 @@ def _cache() -> Path:
 def cached(name: str, parts: list[bytes], make: Callable[[Path], None]) -> Path:
     """The file in the cache for these sources; made in a folder of its own and then moved there."""
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    target = _cache() / f"{name}-{key}"
+    target = cache() / f"{name}-{key}"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=_cache()) as work:
+        with tempfile.TemporaryDirectory(dir=cache()) as work:
             made = Path(work) / "made"
             make(made)
             made.replace(target)
@@ -90,11 +91,11 @@ def _texts(*names: str) -> list[bytes]:
     return [(HERE / name).read_bytes() for name in names]
 
 
-def preload(source: str) -> Path:
-    """A shared object to preload, from one source file, named from this folder."""
-    parts = _texts(source, "../../plugin/kvm-abi.h")
+def preload(*sources: str, headers: tuple[str, ...] = ()) -> Path:
+    """A shared object to preload, from source files that are named from this folder."""
+    parts = _texts(*sources, *headers, "../../plugin/kvm-abi.h")
     flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
-    return cached(f"{Path(source).stem}.so", parts, gcc(flags, [source]))
+    return cached(f"{Path(sources[0]).stem}.so", parts, gcc(flags, list(sources)))
 
 
 def shim() -> Path:
@@ -182,9 +183,9 @@ def kernel() -> Path:
 
 
 def _make_kernel(target: Path) -> None:
-    log = _cache() / "kernel-build.log"
+    log = cache() / "kernel-build.log"
     say("Building the lab's kernel: about five minutes, once; later runs find it in the cache.")
-    with tempfile.TemporaryDirectory(dir=_cache()) as work:
+    with tempfile.TemporaryDirectory(dir=cache()) as work:
         _run(["tar", "-C", work, "-xf", str(TARBALL)], "unpacking the kernel's source", log)
         tree = next(Path(work).iterdir())
         make = ["make", "-C", str(tree), "-s", f"-j{os.cpu_count() or 1}"]

@@ -93,7 +93,8 @@ class Run:
         ).stdout.split()[3]
         preload = f"{self.job['shim']}:{self.job['plugin']}" if s.plugin else self.job["shim"]
         arguments = (
-            f"workload={s.workload} vcpus={s.vcpus} flips={s.flips or FLIPS[s.workload]} seed=7"
+            f"workload={s.workload} vcpus={s.vcpus} flips={s.flips or FLIPS[s.workload]} seed=7 "
+            f"backing={s.backing}"
         )
         self.qemu = subprocess.Popen(
             [
@@ -348,9 +349,11 @@ class Run:
 def main() -> None:
     """Every scenario of DIR/job.json; a result that could not be had is absent, and said why."""
     out = Path(sys.argv[1])
-    from tests.lab.torture import Torture  # noqa: PLC0415 - it is a kind of Run
+    from tests.lab.firmware import Firmware  # noqa: PLC0415 - these are kinds of Run
+    from tests.lab.table import Table  # noqa: PLC0415
+    from tests.lab.torture import Torture  # noqa: PLC0415
 
-    kinds = {"torture": Torture}
+    kinds = {"torture": Torture, "table": Table, "firmware": Firmware}
     job = json.loads((out / "job.json").read_text(encoding="utf-8"))
     for number, fields in enumerate(job["scenarios"]):
         scenario = Scenario(**fields)

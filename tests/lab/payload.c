@@ -3,7 +3,7 @@
  * The guest: shares and unshares its memory as a confidential guest does, and checks at every step
  * that nobody touched what it had written. Freestanding, 32 bits, no paging.
  *
- * Command line: workload=flip|ovmf|swiotlb|random|selftest vcpus=N flips=N seed=N
+ * Command line: workload=flip|ovmf|swiotlb|boot|random|selftest vcpus=N flips=N seed=N backing=one|two
  * Output, on port 0xe9 when the work is done: one line of JSON. Then it halts for ever.
  *
  * The rule it checks: what was written to a page while it was private (or shared) is there until
@@ -18,6 +18,7 @@
 #define AREA (32u << 20)              /* where the pages that are converted start */
 #define AREA_PAGES (192u * CHUNK_PAGES / 2)   /* 192 MiB */
 #define VCPUS_MAX 8
+#define BOOT_BUFFER_USES 5000u
 #define STRIDE 64                     /* in words: one in each 256 bytes of a page is checked */
 
 #define DEBUG_PORT 0xe9
@@ -40,6 +41,7 @@ extern volatile uint32_t processors;
 static struct shadow shadow[AREA_PAGES];
 static volatile uint32_t go, finished, conversions, errors;
 static uint32_t vcpus = 1, flips, seed = 1;
+static bool one_backing;              /* the same work on memory that is never converted */
 static char workload[16] = "flip";
 
 static void out8(uint16_t port, uint8_t value)
@@ -162,13 +164,10 @@ static void check_returned(uint32_t page)
     }
 }
 
-static void convert(uint32_t page, uint32_t pages, enum state to)
+static void ask_host(uint32_t page, uint32_t pages, enum state to)
 {
     uint32_t result = HC_MAP_GPA_RANGE;
 
-    for (uint32_t p = page; p < page + pages; p++) {
-        check_live(p);
-    }
     __asm__ volatile("vmmcall"
                      : "+a"(result)
                      : "b"(AREA + page * PAGE), "c"(pages), "d"(to == PRIVATE ? MAP_GPA_PRIVATE : 0)
@@ -177,6 +176,21 @@ static void convert(uint32_t page, uint32_t pages, enum state to)
         error();
     }
     __sync_fetch_and_add(&conversions, 1);
+}
+
+static void convert(uint32_t page, uint32_t pages, enum state to)
+{
+    for (uint32_t p = page; p < page + pages; p++) {
+        check_live(p);
+    }
+    if (one_backing) {
+        for (uint32_t p = page; p < page + pages; p++) {
+            check_live(p);
+            write_page(p);
+        }
+        return;
+    }
+    ask_host(page, pages, to);
     for (uint32_t p = page; p < page + pages; p++) {
         shadow[p].converted |= to == SHARED;
         if (shadow[p].state == to) {
@@ -216,22 +230,36 @@ static void work_ovmf(uint32_t id)
 }
 
 /* A bounce buffer: one block of private memory, shared once and used from then on. */
-static void work_swiotlb(uint32_t id)
+static void bounce_buffer(uint32_t first, uint32_t uses)
 {
     uint32_t r = seed, pages = AREA_PAGES / 3;
 
-    if (id) {
-        return;
-    }
     for (uint32_t page = 0; page < pages; page += CHUNK_PAGES) {
-        convert(page, CHUNK_PAGES, PRIVATE);
+        convert(first + page, CHUNK_PAGES, PRIVATE);
     }
-    convert(0, pages, SHARED);
-    for (uint32_t i = 0; i < flips; i++) {
-        uint32_t page = random32(&r) % pages;
+    convert(first, pages, SHARED);
+    for (uint32_t i = 0; i < uses; i++) {
+        uint32_t page = first + random32(&r) % pages;
 
         check_live(page);
         write_page(page);
+    }
+}
+
+static void work_swiotlb(uint32_t id)
+{
+    if (!id) {
+        bounce_buffer(0, flips);
+    }
+}
+
+/* What a guest does between power-on and its idle loop: its firmware's transfers, then its kernel's
+ * bounce buffer, past the firmware's pages. */
+static void work_boot(uint32_t id)
+{
+    work_ovmf(id);
+    if (!id) {
+        bounce_buffer(VCPUS_MAX * CHUNK_PAGES, BOOT_BUFFER_USES);
     }
 }
 
@@ -274,6 +302,8 @@ static void work(uint32_t id)
         work_ovmf(id);
     } else if (equal(workload, "swiotlb")) {
         work_swiotlb(id);
+    } else if (equal(workload, "boot")) {
+        work_boot(id);
     } else if (equal(workload, "random")) {
         work_random(id);
     } else {
@@ -325,6 +355,7 @@ static void read_command_line(const char *line)
         workload[i] = *p++;
         workload[i + 1] = 0;
     }
+    one_backing = find(line, "backing=one");
     read_number(line, "vcpus=", &vcpus);
     read_number(line, "flips=", &flips);
     read_number(line, "seed=", &seed);

@@ -5,14 +5,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 POLICIES = ("eager", "lazy", "batched", "none")
-WORKLOADS = ("flip", "ovmf", "swiotlb", "random", "selftest")
-FLIPS = {"flip": 2000, "ovmf": 5100, "swiotlb": 5000, "random": 20000, "selftest": 1}
+WORKLOADS = ("flip", "ovmf", "swiotlb", "boot", "random", "selftest")
+FLIPS = {
+    "flip": 2000,
+    "ovmf": 5100,
+    "swiotlb": 5000,
+    "boot": 5100,
+    "random": 20000,
+    "selftest": 1,
+}
 LEASE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One guest under one policy. ``flips`` 0: the workload's own number. ``record`` a trace."""
+    """One guest under one policy. ``flips`` 0: the workload's own number.
+
+    ``backing`` "one": the guest does its work on memory that it never converts. ``counted``: in the
+    lab, time is instructions executed by one processor, and idle time costs none; see machine.py.
+    ``record``: a trace. ``patience_seconds``: how long it may take.
+    """
 
     policy: str = "eager"
     workload: str = "ovmf"
@@ -23,6 +35,9 @@ class Scenario:
     plugin: bool = True
     qemu_root: str = ""
     record: bool = False
+    backing: str = "two"
+    counted: bool = False
+    patience_seconds: int = 600
     name: str = field(default="run")
 
     def to_json(self) -> dict[str, Any]:
