@@ -4,9 +4,10 @@
 from typing import Annotated, ClassVar
 
 from pydantic import Field
+from qmp_upm_policies.limits import give_all_back
 
 from qmp_upm import policy
-from qmp_upm.policy import Batch, Decision, Discard, LedgerView, Policy, Pressure
+from qmp_upm.policy import Batch, Decision, LedgerView, Policy, Pressure
 from qmp_upm.protocol import Copy
 from qmp_upm.units import NSEC, Bytes, Seconds
 
@@ -29,8 +30,9 @@ class Batched(Policy):
         if not times:
             return Decision(frozenset(Copy))
         due = min(times) + int(self.parameters.max_delay * NSEC)
-        if ledger.stale_bytes < self.parameters.max_bytes and now_ns < due:
-            return Decision(frozenset(Copy), wake_at_ns=due)
-        reason = "delay" if now_ns >= due else "bytes"
-        discards = (Discard(copy, ledger.stale(copy), reason) for copy in Copy)
-        return Decision(frozenset(Copy), tuple(d for d in discards if d.pages))
+        enough = min(self.parameters.max_bytes, ledger.budget_bytes)
+        if now_ns >= due:
+            return Decision(frozenset(Copy), give_all_back(ledger, "delay"))
+        if ledger.stale_bytes >= enough:
+            return Decision(frozenset(Copy), give_all_back(ledger, "bytes"))
+        return Decision(frozenset(Copy), wake_at_ns=due)

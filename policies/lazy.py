@@ -1,56 +1,47 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keep until there is a reason: age, or a budget that fills up."""
+"""Keep until there is a reason: age, a budget that fills up, or a host short of memory."""
 
-from typing import Annotated, ClassVar, Self
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from qmp_upm_policies.limits import LimitParameters, Limits, give_all_back
 
 from qmp_upm import policy
 from qmp_upm.policy import Batch, Decision, Discard, LedgerView, Policy, Pressure
 from qmp_upm.protocol import Copy
-from qmp_upm.units import NSEC, Seconds
+from qmp_upm.units import NSEC
 
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class LazyParameters(policy.Parameters):
-    """``max_age`` in seconds; above ``high`` of the budget, the oldest go down to ``low``."""
-
-    max_age: Seconds = 10.0
-    high: Share = 0.9
-    low: Share = 0.7
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError("low is above high")
-        return self
+AGAIN_NS = NSEC // 100
+"""What comes of age within that is discarded together."""
 
 
 class Lazy(Policy):
     """Oldest first."""
 
-    Parameters: ClassVar[type[policy.Parameters]] = LazyParameters
+    Parameters: ClassVar[type[policy.Parameters]] = LimitParameters
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self._limits = Limits(parameters)
 
     def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
         """What is too old, and what is too much."""
-        own, discards, wake = self.parameters, [], None
-        excess = 0
-        if ledger.stale_bytes > own.high * ledger.budget_bytes:
-            excess = ledger.stale_bytes - int(own.low * ledger.budget_bytes)
-        over = ledger.oldest(excess) if excess else {}
-        age_ns = int(own.max_age * NSEC)
+        if self._limits.is_pressed(pressure):
+            return Decision(discards=give_all_back(ledger, "pressure"))
+        age_ns = int(self.parameters.max_age * NSEC)
+        over = {discard.copy: discard.pages for discard in self._limits.over_budget(ledger)}
+        discards, wakes = [], []
         for copy in Copy:
+            oldest_ns = ledger.oldest_ns(copy)
+            if oldest_ns is None:
+                continue
+            wakes.append(max(oldest_ns + age_ns, now_ns + AGAIN_NS))
             old = ledger.older_than(copy, now_ns - age_ns)
+            more = over.get(copy)
             if old:
                 discards.append(Discard(copy, old, "age"))
-            if copy in over:
-                more = over[copy]
+            if more is not None:
                 more -= old
-                if more:
-                    discards.append(Discard(copy, more, "budget"))
-            oldest = ledger.oldest_ns(copy)
-            if oldest is not None:
-                due = max(oldest + age_ns, now_ns + NSEC // 100)
-                wake = due if wake is None else min(wake, due)
-        return Decision(frozenset(Copy), tuple(discards), wake)
+                discards.append(Discard(copy, more, "budget"))
+        return Decision(
+            frozenset(Copy), tuple(d for d in discards if d.pages), min(wakes, default=None)
+        )

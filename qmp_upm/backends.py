@@ -58,20 +58,25 @@ class KvmAttributes:
         self._waiting: deque[Request] = deque()
         self._outstanding: dict[int, Request] = {}
         self.deferred: frozenset[Copy] | None = None
+        self.hold_bytes: int | None = None
 
-    async def configure(self, defer: frozenset[Copy]) -> None:
-        """Set modes, budget, lease and doorbell; starts the lease anew."""
+    async def configure(self, defer: frozenset[Copy], hold_bytes: int | None = None) -> None:
+        """Set modes, budget, lease and doorbell; starts the lease anew.
+
+        ``hold_bytes``: what the policy holds at most, if that is less than the budget.
+        """
+        budget = self.settings.budget_bytes
         await self._monitor.execute(
             "x-upm-configure",
             {copy.value: "defer" if copy in defer else "eager" for copy in Copy}
             | {
-                "budget": self.settings.budget_bytes,
+                "budget": budget if hold_bytes is None else min(budget, hold_bytes),
                 "lease-ms": self.settings.lease_ms,
                 "on-lease-expiry": "eager",
                 "notify-ms": self.settings.notify_ms,
             },
         )
-        self.deferred = defer
+        self.deferred, self.hold_bytes = defer, hold_bytes
 
     def submit(self, discard: Discard) -> list[Request]:
         """Queue a discard, in requests of bounded size. ``pump`` sends them."""

@@ -23,12 +23,14 @@ RETURN = np.dtype(
         ("region", "<u4"),
         ("first", "<i8"),
         ("pages", "<i8"),
+        ("private", "u1"),
         ("away_ns", "<i8"),
         ("kept", "u1"),
         ("weight", "<f4"),
     ]
 )
-"""A run that flipped back: how long it had been away, and whether its old copy was still there.
+"""A run that flipped back, to private or to shared: how long it had been away, and whether its old
+copy was still there.
 
 ``weight``: how many such runs it stands for, where only a sample was looked at.
 """
@@ -47,11 +49,13 @@ def no_sets() -> dict[Copy, PageSet]:
     return {copy: PageSet() for copy in Copy}
 
 
-def make_returns(runs: Runs, away_ns: Ints | int, kept: Ints | bool) -> Returns:
+def make_returns(
+    runs: Runs, private: Ints | bool, away_ns: Ints | int, kept: Ints | bool
+) -> Returns:
     """Rows of RETURN, each for itself."""
     rows = np.empty(len(runs.region), dtype=RETURN)
     rows["region"], rows["first"], rows["pages"] = runs
-    rows["away_ns"], rows["kept"], rows["weight"] = away_ns, kept, 1.0
+    rows["private"], rows["away_ns"], rows["kept"], rows["weight"] = private, away_ns, kept, 1.0
     return rows
 
 
@@ -84,8 +88,8 @@ class Digest:
             kept = flipped & self.entered[copy]
             flipped -= kept
             away_ns = max(0, later.begin_ns - self.end_ns)
-            returns += [make_returns(kept.runs(), away_ns, kept=True)]
-            returns += [make_returns(flipped.runs(), away_ns, kept=False)]
+            returns += [make_returns(kept.runs(), copy is Copy.PRIVATE, away_ns, kept=True)]
+            returns += [make_returns(flipped.runs(), copy is Copy.PRIVATE, away_ns, kept=False)]
             first[copy] = later.first[copy].copy()
             last[copy], entered[copy] = self.last[copy].copy(), self.entered[copy].copy()
             for direction in Copy:
@@ -181,7 +185,7 @@ def _digest_part(records: Records, cut: _Cut) -> Digest:
         {copy: stale[copy.other] for copy in Copy},
         int(records["size"][records["deferred"] == 1].sum()),
         int(runs(kept).pages.sum()) * PAGE_BYTES,
-        make_returns(runs(flips), away_ns, kept[flips]),
+        make_returns(runs(flips), private[flips], away_ns, kept[flips]),
         int(records["time_ns"].min()),
         int(records["time_ns"].max()),
     )

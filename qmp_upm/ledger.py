@@ -155,7 +155,7 @@ class Ledger:
             if found:
                 pages.subtract(found)
                 away_ns = max(0, self._layers[-1].time_ns - layer.time_ns)
-                rows = make_returns(found.runs(), away_ns, kept)
+                rows = make_returns(found.runs(), copy is Copy.PRIVATE, away_ns, kept)
                 rows["weight"] = weight
                 yield rows
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qmp_upm.digest import Returns
 from qmp_upm.errors import ConfigError, PolicyError
 from qmp_upm.pages import PageSet
 from qmp_upm.protocol import Copy
@@ -41,11 +42,20 @@ class LedgerView(Protocol):
     def stale(self, copy: Copy) -> PageSet:
         """The stale pages of one copy."""
 
+    def entered(self, copy: Copy) -> PageSet:
+        """Pages of one copy that the last batch left stale."""
+
+    def returns(self) -> Returns:
+        """Runs that flipped back in the last batch, and after how long: rows of RETURN.
+
+        Also those whose old copy had been discarded. Of very many, a sample with its weight.
+        """
+
     def oldest_ns(self, copy: Copy) -> int | None:
         """When the oldest stale copy became so; None if there is none."""
 
-    def older_than(self, copy: Copy, time_ns: int) -> PageSet:
-        """Pages that have been stale since ``time_ns`` or longer."""
+    def older_than(self, copy: Copy, time_ns: int, within: PageSet | None = None) -> PageSet:
+        """Pages that have been stale since ``time_ns`` or longer, of all or of those ``within``."""
 
     def oldest(self, size: int) -> Mapping[Copy, PageSet]:
         """The oldest stale pages of both copies, ``size`` bytes or all."""
@@ -102,11 +112,14 @@ class Decision:
     """``defer``: copies to keep at conversions from now on. ``discards``: to give back now.
 
     ``wake_at_ns``: when to be asked again if no conversion comes before; None: only then.
+    ``hold_bytes``: the most to hold from now on, if that is less than the budget; a conversion that
+    would pass it is not deferred, and what is held beyond it is given back. None: the budget alone.
     """
 
     defer: frozenset[Copy] = frozenset()
     discards: tuple[Discard, ...] = ()
-    wake_at_ns: int | None = field(default=None)
+    wake_at_ns: int | None = None
+    hold_bytes: int | None = None
 
 
 class Policy(ABC):
@@ -176,8 +189,8 @@ def checked(decision: object) -> Decision:
         parts += [(discard, Discard) for discard in decision.discards]
         parts += [(getattr(d, "copy", None), Copy) for d in decision.discards]
         parts += [(getattr(d, "pages", None), PageSet) for d in decision.discards]
-        if decision.wake_at_ns is not None:
-            parts.append((decision.wake_at_ns, int))
+        for number in (decision.wake_at_ns, decision.hold_bytes):
+            parts.append((0 if number is None else number, int))
     if not isinstance(decision, Decision) or not all(isinstance(p, kind) for p, kind in parts):
         raise PolicyError(
             f"the policy returned {type(decision).__name__}, or parts that are no decision",

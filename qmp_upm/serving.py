@@ -99,7 +99,8 @@ class Serving:
                 hint="restart the VM with the plugin of this release",
             )
         self._exits.start(query.records.head)
-        await self._backend.configure(self._guest.decide(Batch()).defer)
+        first = self._guest.decide(Batch())
+        await self._backend.configure(first.defer, first.hold_bytes)
         await self._resynchronise()
         self._guest.policy.attached(self._guest.ledger)
         return query
@@ -131,7 +132,9 @@ class Serving:
     async def reconfigure(self) -> None:
         """The settings or the budget have changed."""
         self._backend.settings = self._settings()
-        await self._backend.configure(self._backend.deferred or frozenset())
+        await self._backend.configure(
+            self._backend.deferred or frozenset(), self._backend.hold_bytes
+        )
         self.reconsider()
 
     async def drain_to(self, budget_bytes: int) -> int:
@@ -198,8 +201,9 @@ class Serving:
     async def _decide(self, batch: Batch) -> None:
         self._ask_policy = False
         decision = self._guest.decide(batch)
-        if decision.defer != self._backend.deferred:
-            await self._backend.configure(decision.defer)
+        asked = self._backend.deferred, self._backend.hold_bytes
+        if (decision.defer, decision.hold_bytes) != asked:
+            await self._backend.configure(decision.defer, decision.hold_bytes)
         for discard in decision.discards:
             self._submit(discard)
 
@@ -273,7 +277,9 @@ class Serving:
             "lease-expired", vm=self._guest.name, hint="this daemon was too slow, or stopped"
         )
         self._guest.tell_rarely(HostEventName.LEASE_EXPIRED)
-        await self._backend.configure(self._backend.deferred or frozenset())
+        await self._backend.configure(
+            self._backend.deferred or frozenset(), self._backend.hold_bytes
+        )
 
     def _on_discarded(self, done: Discarded) -> None:
         request = self._backend.complete(done)

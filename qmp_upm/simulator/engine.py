@@ -172,6 +172,7 @@ class _Run:
         self.wake_ns = decision.wake_at_ns
         ended = self._machine.deferred - decision.defer
         self._machine.deferred = decision.defer
+        self._machine.hold_at_most(decision.hold_bytes)
         for copy in ended:  # the plugin gives back by itself what is not to be deferred any longer
             self._give_back(copy, self._ledger.stale(copy))
         for discard in decision.discards:

@@ -63,7 +63,7 @@ class Machine:
         self.deferred: frozenset[Copy] = frozenset()
         self.stale_pages = 0
         self._timeline = timeline
-        self._budget_pages = budget_bytes // PAGE_BYTES
+        self._own_budget_pages = self._budget_pages = budget_bytes // PAGE_BYTES
         self._at_ns = timeline.start_ns
         self._recent_peak = 0
         extents = len(timeline.extents.pages)
@@ -98,6 +98,11 @@ class Machine:
         self.account.requested_pages += total
         self.account.requested_calls += int((-(-runs.pages // PUNCH_PAGES)).sum())
         return total
+
+    def hold_at_most(self, hold_bytes: int | None) -> None:
+        """The policy's own limit, within the budget; None: the budget alone."""
+        most = self._own_budget_pages if hold_bytes is None else hold_bytes // PAGE_BYTES
+        self._budget_pages = min(self._own_budget_pages, most)
 
     def pass_time(self, now_ns: int) -> None:
         """Nothing happens until then but that copies are held."""
