@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ def has_guest_memfd() -> bool:
 class Guest:
     """A QEMU with the plugin, whose guest's memory converts when told."""
 
-    def __init__(self, folder: Path, *arguments: str, backends: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        backends: int = 1,
+        configuration: Mapping[str, object] = DEFER,
+    ) -> None:
         version = subprocess.run(
             ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
         ).stdout.split()[3]
@@ -75,7 +82,8 @@ class Guest:
             time.sleep(0.01)
         self.monitor = QEMUMonitorProtocol(f"{folder}/qmp")
         self.monitor.connect(negotiate=True)
-        self.cmd("x-upm-configure", **DEFER)
+        if configuration:
+            self.cmd("x-upm-configure", **configuration)
 
     def cmd(self, name: str, **arguments: Any) -> Any:
         """A QMP command's reply."""

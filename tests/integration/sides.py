@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The two sides of a monitor as processes that can be killed, stopped and started again."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import QMPError
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+from qmp_upm.testing import FakePlugin, FakeQemu, FakeVm
+from tests.integration.guest import MEMFD, MIB, Guest
+
+WAIT_SECONDS = 60
+
+
+def until(done: Callable[[], object], what: str) -> None:
+    """Wait for it."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not done():
+        assert time.monotonic() < end, f"not within {WAIT_SECONDS} s: {what}"
+        time.sleep(0.01)
+
+
+def dial(path: Path) -> QEMUMonitorProtocol:
+    """A client of a monitor, once it listens."""
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        client = QEMUMonitorProtocol(str(path))
+        try:
+            if path.exists():
+                client.connect(negotiate=True)
+                return client
+        except QMPError:
+            client.close()
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def opened(pid: int) -> tuple[int, int]:
+    """Files and threads of a process."""
+    proc = Path(f"/proc/{pid}")
+    return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
+
+
+class RealVm:
+    """A stock QEMU with the plugin. The daemon's monitor is ``folder/second``."""
+
+    monitor = "second"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        """A new QEMU."""
+        for name in ("qmp", "second"):
+            (self._folder / name).unlink(missing_ok=True)
+        self._guest = Guest(self._folder, *MEMFD, configuration={})
+        self.pid = self._guest.process.pid
+
+    def cmd(self, name: str, **arguments: Any) -> Any:
+        """By a monitor of the test's own."""
+        return self._guest.cmd(name, **arguments)
+
+    def convert(self, megabyte: int, *, private: bool) -> None:
+        """A MiB."""
+        assert self._guest.convert(megabyte * MIB, MIB, private=private) == 0
+
+    def kill(self) -> None:
+        """SIGKILL, and nothing is left."""
+        self._guest.close()
+
+
+class ForkedFakeVm:
+    """A fake VM in a process of its own, with the same two monitors."""
+
+    monitor = "second"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        """A new one."""
+        for name in ("qmp", "second"):
+            (self._folder / name).unlink(missing_ok=True)
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_serve_fake, args=(self._folder,), daemon=True
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        self._client = dial(self._folder / "qmp")
+
+    def cmd(self, name: str, **arguments: Any) -> Any:
+        """By a monitor of the test's own."""
+        return self._client.cmd(name, **arguments)
+
+    def convert(self, megabyte: int, *, private: bool) -> None:
+        """A MiB."""
+        self.cmd("x-test-convert", megabyte=megabyte, private=private)
+
+    def kill(self) -> None:
+        """SIGKILL, and nothing is left."""
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            self._client.close()
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
+def _serve_fake(folder: Path) -> None:
+    asyncio.set_event_loop(None)
+    plugin = FakePlugin({"ram": 256 * MIB})
+
+    def handle(command: str, arguments: Mapping[str, Any]) -> object:
+        if command == "x-test-convert":
+            at = arguments["megabyte"] * MIB
+            return plugin.convert(1, at, MIB, to_private=arguments["private"])
+        return plugin(command, arguments)
+
+    async def serve() -> None:
+        async with (
+            FakeVm(plugin).listening(folder / "second"),
+            FakeQemu(handle).listening(folder / "qmp"),
+        ):
+            await asyncio.Event().wait()
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve())
+
+
+class DaemonProcess:
+    """The installed daemon with one VM, ``guest``."""
+
+    def __init__(self, folder: Path, monitor: Path, budget: int, lease_ms: int) -> None:
+        self._folder = folder
+        self._log = (folder / "daemon.log").open("ab")
+        (folder / "config.toml").write_text(
+            f'[telemetry]\ndirectory = "{folder}"\n[control]\nsocket = "{folder}/control"\n'
+            f'[metrics]\nlisten = ""\n[host]\ndiscovery_interval = "50 ms"\n'
+            f'[vms.guest]\nsocket = "{monitor}"\nbudget = {budget}\nlease = "{lease_ms} ms"\n'
+            f'notify = "1 ms"\npolicy = {{ name = "lazy", max_age = "200 ms" }}\n',
+            encoding="utf-8",
+        )
+        self.start()
+
+    def start(self) -> None:
+        """A new daemon."""
+        (self._folder / "control").unlink(missing_ok=True)
+        program = Path(sys.executable).with_name("qmp-upm")
+        self._process = subprocess.Popen(
+            [str(program), "run", "--config", str(self._folder / "config.toml")], stderr=self._log
+        )
+        self.pid = self._process.pid
+        self._control = dial(self._folder / "control")
+
+    def view(self) -> Any:
+        """Of the VM, as query-vm shows it."""
+        return self._control.cmd("query-vm", name="guest")
+
+    def flush(self) -> None:
+        """Have it give back everything: it answers when the plugin has."""
+        self._control.cmd("flush", name="guest")
+
+    def end(self, number: signal.Signals) -> int:
+        """By this signal; its exit code."""
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            self._control.close()
+        self._process.send_signal(number)
+        return self._process.wait(timeout=WAIT_SECONDS)
+
+    def log(self) -> str:
+        """All that the daemons have said."""
+        return (self._folder / "daemon.log").read_text(encoding="utf-8")
+
+    def close(self) -> None:
+        """The end of it."""
+        if self._process.poll() is None:
+            os.kill(self.pid, signal.SIGCONT)
+            self.end(signal.SIGTERM)
+        self._log.close()
