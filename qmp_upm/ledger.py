@@ -15,7 +15,7 @@ misses one for longer than a resynchronisation takes.
 
 import heapq
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,6 +39,8 @@ class _Layer:
 
     time_ns: int
     live: dict[Copy, PageSet]
+    spent: set[Copy] = field(default_factory=set)
+    """Copies of which no page is as old as this layer, nor will be again."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,8 @@ class Ledger:
         if not self._stale[copy]:
             return None
         for at, layer in enumerate(self._layers):
+            if copy in layer.spent:
+                continue
             pages = layer.live[copy.other] & self._stale[copy]
             for newer in self._layers[at + 1 :]:
                 if not pages:
@@ -223,6 +227,7 @@ class Ledger:
                 pages -= newer.live[copy.other]
             if pages:
                 return Cohort(layer.time_ns, copy, pages)
+            layer.spent.add(copy)
         return None
 
     def _came_back(self, copy: Copy) -> Iterator[tuple[PageSet, float, bool]]:
@@ -249,6 +254,7 @@ class Ledger:
                 key=lambda i: (times[i + 1] - times[i]) / (now_ns - times[i + 1] + JOIN_ALWAYS_NS),
             )
             newer, older = layers.pop(at + 1), layers[at]
+            older.spent &= newer.spent
             for copy in Copy:
                 older.live[copy] = older.live[copy].copy()
                 older.live[copy] -= newer.live[copy.other]
