@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import iglob
+from itertools import chain, islice
 
 MONITORS_MOST = 4096
 """Sockets that globs may find: what is in their directories may not be ours alone."""
@@ -25,6 +26,8 @@ class Changes:
     came: tuple[str, ...]
     went: tuple[str, ...]
     renewed: tuple[str, ...]
+    full: bool = False
+    """There are more than MONITORS_MOST, which are not looked at."""
 
 
 class Discovery:
@@ -45,20 +48,14 @@ class Discovery:
         came, went = found - self.found, self.found - found
         renewed = {p for p, inode in inodes.items() if self._inodes.get(p) != inode} - came
         self.found, self._inodes = found, inodes
-        return Changes(tuple(sorted(came)), tuple(sorted(went)), tuple(sorted(renewed)))
+        full = len(found) == MONITORS_MOST
+        return Changes(tuple(sorted(came)), tuple(sorted(went)), tuple(sorted(renewed)), full)
 
 
 def _sockets(globs: Iterable[str]) -> Iterator[tuple[str, Inode]]:
-    count = 0
-    for pattern in globs:
-        for path in iglob(pattern):  # noqa: PTH207 - Path.glob takes no absolute pattern
-            inode = _inode(path)
-            if inode is None:
-                continue
-            count += 1
-            if count > MONITORS_MOST:
-                return
-            yield path, inode
+    paths = chain.from_iterable(map(iglob, globs))
+    found = ((path, inode) for path in paths if (inode := _inode(path)))
+    return islice(found, MONITORS_MOST)
 
 
 def _inode(path: str) -> Inode | None:

@@ -17,7 +17,7 @@ from qmp_upm.budget import Balancer
 from qmp_upm.clock import Clock
 from qmp_upm.config import Config, PolicyTable
 from qmp_upm.configfile import load_config
-from qmp_upm.discovery import Discovery
+from qmp_upm.discovery import MONITORS_MOST, Discovery
 from qmp_upm.errors import ConfigError, UnavailableError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
 from qmp_upm.pressure import PressureFiles, watch_pressure
@@ -206,6 +206,12 @@ class Host:
         while True:
             statics = self.config.static.values()
             changes = self._discovery.look(self.config.discovery, statics)
+            if changes.full and changes.came:
+                log.error(
+                    "too-many-monitors",
+                    most=MONITORS_MOST,
+                    hint="make the globs of 'discovery' find monitors only; the rest is not served",
+                )
             by_socket = {session.socket: session for session in self.roster.sessions()}
             for socket in changes.came:
                 if socket not in by_socket:

@@ -189,9 +189,14 @@ def checked(decision: object) -> Decision:
         parts += [(discard, Discard) for discard in decision.discards]
         parts += [(getattr(d, "copy", None), Copy) for d in decision.discards]
         parts += [(getattr(d, "pages", None), PageSet) for d in decision.discards]
+        parts += [(getattr(d, "reason", None), str) for d in decision.discards]
         for number in (decision.wake_at_ns, decision.hold_bytes):
             parts.append((0 if number is None else number, int))
-    if not isinstance(decision, Decision) or not all(isinstance(p, kind) for p, kind in parts):
+    if (
+        not isinstance(decision, Decision)
+        or not all(isinstance(part, kind) for part, kind in parts)
+        or (decision.hold_bytes or 0) < 0
+    ):
         raise PolicyError(
             f"the policy returned {type(decision).__name__}, or parts that are no decision",
             hint="decide() returns a qmp_upm.policy.Decision",

@@ -86,6 +86,11 @@ class BoundedClient(QMPClient):
         self.register_listener(events)
         self._wake = events.arrived
 
+    def abort(self) -> None:
+        """Close the connection without sending what is queued."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
     def _cb_inbound(self, msg: WireMessage) -> WireMessage:
         return msg
 
@@ -244,12 +249,21 @@ class Monitor:
         return dropped
 
     async def close(self) -> PeerError | None:
-        """Disconnect. Returns why the session had broken, if it had."""
+        """Disconnect. Returns why the session had broken, if it had.
+
+        A peer that does not take what is still to be sent to it is cut off.
+        """
+        closing = asyncio.create_task(self._client.disconnect())
+        closing.add_done_callback(_retrieve)  # also if nobody waits for it any more
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._client.disconnect()
-        except TimeoutError:
-            return LinkError("the connection did not close in time", hint="it is made again")
+            done, _ = await asyncio.wait((closing,), timeout=CLOSE_SECONDS)
+            if not done:
+                self._client.abort()
+                done, _ = await asyncio.wait((closing,), timeout=CLOSE_SECONDS)
+            if not done:
+                closing.cancel()
+                return LinkError("the connection did not close in time", hint="it is made again")
+            closing.result()
         except _BROKEN as error:
             if isinstance(_innermost(error), OSError | EOFError):
                 return LinkError(_cause(error), hint="it is made again by itself")
@@ -258,6 +272,11 @@ class Monitor:
             if self._link is not None:
                 self._link.close()  # a connect that was interrupted leaves it open
         return None
+
+
+def _retrieve(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 def _innermost(error: BaseException) -> BaseException:

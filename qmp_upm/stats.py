@@ -21,6 +21,8 @@ the last one has no upper end. Source: ``histogram_add`` in plugin/worker.c."""
 REASONS_MOST = 16
 """Reasons told apart for a VM's discards. A policy's author chooses them; the rest is ``other``."""
 
+REASON_MOST = 64
+"""Characters of a reason."""
 COUNTERS_MOST = 256
 """Names of counters that are kept of a plugin."""
 
@@ -118,7 +120,7 @@ class VmStats:
 
     def count_discard(self, copy: Copy, reason: str, discarded: int, skipped: int) -> None:
         """A request that the plugin has finished."""
-        known = self.discards[copy]
+        known, reason = self.discards[copy], reason[:REASON_MOST]
         if reason not in known and len(known) >= REASONS_MOST:
             reason = "other"
         known[reason] = known.get(reason, 0) + 1

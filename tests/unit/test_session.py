@@ -259,7 +259,15 @@ class Nonsense(Raises):
         return Decision(discards=("all",)) if len(batch) else super().decide(batch, *rest)
 
 
-@pytest.mark.parametrize("kind", [Raises, Loops, Nonsense])
+class Negative(Raises):
+    """Wants to hold less than nothing."""
+
+    def decide(self, batch: Batch, *rest: Any) -> Decision:
+        """Which the plugin would refuse."""
+        return Decision(hold_bytes=-1) if len(batch) else super().decide(batch, *rest)
+
+
+@pytest.mark.parametrize("kind", [Raises, Loops, Nonsense, Negative])
 async def test_failing_policy_falls_back_to_eager(
     tmp_path: Path, kind: type[Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
