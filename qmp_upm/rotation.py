@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE_MODE = 0o640
+FILES_MOST = 1 << 14
+"""Files kept, whatever their sizes: a QEMU that takes a new name at each start makes new ones."""
 FULL_LOW = 0.9
 """Share of the cap that is left in use when room is made, so that it is not made at each write."""
 
@@ -24,12 +26,16 @@ _OURS = re.compile(r"(?P<name>.+)\.jsonl(?:\.(?P<number>[0-9]{1,18}))?")
 
 @dataclass(frozen=True)
 class Part:
-    """A file of ``size`` bytes. ``number``: None if it is the one that is written to."""
+    """A file of ``size`` bytes. ``number``: None if it is the one that is written to.
+
+    ``written``: when it last was, seconds since 1970.
+    """
 
     path: Path
     name: str
     number: int | None
     size: int
+    written: float
 
 
 class CappedDirectory:
@@ -55,6 +61,9 @@ class CappedDirectory:
         present = _size(path)
         if present and present + need > self._file_size:
             self._rotate(path)
+            present = 0
+        if not present:
+            self._thin_out()
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         try:
             size = os.fstat(file).st_size
@@ -77,8 +86,13 @@ class CappedDirectory:
                 if match is None or not entry.is_file(follow_symlinks=False):
                     continue
                 number = int(match["number"]) if match["number"] else None
-                size = _size(Path(entry.path))
-                found.append(Part(Path(entry.path), match["name"], number, size))
+                try:
+                    stat = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                found.append(
+                    Part(Path(entry.path), match["name"], number, stat.st_size, stat.st_mtime)
+                )
         return sorted(found, key=lambda part: (part.name, part.number is None, part.number or 0))
 
     def _rotate(self, path: Path) -> None:
@@ -96,10 +110,21 @@ class CappedDirectory:
             while total > enough:
                 most = max(held, key=lambda name: sum(part.size for part in held[name]))
                 oldest = held[most].pop(0)
-                oldest.path.unlink(missing_ok=True)
+                self._evict(oldest)
                 total -= oldest.size
-                self.evicted_bytes += oldest.size
         self._used = total
+
+    def _thin_out(self) -> None:
+        """Have room for one more file: those that were not written to for longest go."""
+        parts = self.parts()
+        if len(parts) >= FILES_MOST:
+            parts.sort(key=lambda part: part.written)
+            for part in parts[: len(parts) - FILES_MOST + 1]:
+                self._evict(part)
+
+    def _evict(self, part: Part) -> None:
+        part.path.unlink(missing_ok=True)
+        self.evicted_bytes += part.size
 
 
 def older_parts(path: Path) -> list[tuple[int, Path]]:

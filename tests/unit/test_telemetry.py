@@ -219,6 +219,21 @@ def test_a_flooding_vm_evicts_its_own(tmp_path: Path) -> None:
     assert files.evicted_bytes > 90_000
 
 
+def test_names_without_end_make_no_files_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many names there are, so many files are kept, those written to last."""
+    monkeypatch.setattr("qmp_upm.rotation.FILES_MOST", 3)
+    files = CappedDirectory(tmp_path, 1000, 100_000)
+    for number in range(9):
+        files.append(f"vm{number}", b"line\n")
+        os.utime(files.path(f"vm{number}"), (number, number))
+    files.append("vm6", b"line\n")
+    files.append("vm9", b"line\n")
+    assert [part.name for part in files.parts()] == ["vm6", "vm8", "vm9"]
+    assert files.evicted_bytes == 7 * 5
+
+
 def test_what_is_already_there_counts(tmp_path: Path) -> None:
     """A restarted daemon keeps the cap over what an earlier one left."""
     for number in range(1, 5):
