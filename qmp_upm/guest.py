@@ -129,13 +129,15 @@ class Guest:
         fresh_bytes = touched.bytes - touched.common_bytes(self._touched)
         self._touched |= touched
         self.stats.flips += (int(sizes.sum()) - fresh_bytes) // PAGE_BYTES
+        conversions = int(batch.records["count"].sum())
+        self.stats.followed_conversions += conversions
         self.stats.dropped_records += batch.dropped
         self.count_stale()
         self.telemetry.line(
             "batch",
             cursor=cursor,
             records=len(batch),
-            conversions=int(batch.records["count"].sum()),
+            conversions=conversions,
             to_private_bytes=int(sizes[to_private].sum()),
             to_shared_bytes=int(sizes[~to_private].sum()),
             deferred_bytes=applied.deferred_bytes,

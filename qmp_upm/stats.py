@@ -81,7 +81,9 @@ class VmStats:
     """
 
     conversions: dict[Copy, int] = field(default_factory=_by_copy)
-    """The guest's conversions, by the copy that became live."""
+    """The guest's conversions, by the copy that became live, as the plugin last counted them."""
+    followed_conversions: int = 0
+    """Those that the session has read of: up to date at any time, without what was dropped."""
     converted_bytes: dict[Copy, int] = field(default_factory=_by_copy)
     flips: int = 0
     """Pages that were converted again, in either direction."""

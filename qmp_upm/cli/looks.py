@@ -91,7 +91,7 @@ class Looks:
 
 def _counters(stats: VmStats) -> Counter[str]:
     return Counter(
-        conversions=sum(stats.conversions.values()),
+        conversions=stats.followed_conversions,
         flips=stats.flips,
         discards=sum(sum(reasons.values()) for reasons in stats.discards.values()),
         discarded_bytes=sum(sum(reasons.values()) for reasons in stats.discarded_bytes.values()),

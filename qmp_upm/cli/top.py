@@ -37,8 +37,9 @@ def top(
 ) -> None:
     """Watch the VMs: rates, stale memory by copy, and what it is good for. Ctrl-C ends it.
 
-    USED is the share of the budget, REUSE the share of all kept memory that was found again, DISC/s
-    the discard requests done. With --json each look is a line.
+    FLIPS/s counts pages that were converted again, USED is the share of the budget, REUSE the share
+    of all kept memory that was found again, DISC/s the discard requests done. With --json each look
+    is a line.
     """
     if once and count is not None:
         raise typer.BadParameter("--once is --count 1", param_hint="--once")

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +257,15 @@ async def test_events(server: ControlServer, host: Any, options: tuple[str, ...]
         assert lines[1].endswith("  CONFIG_RELOADED")
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """What is started hears SIGINT, even if this was started as a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 @pytest.mark.parametrize("command", ["events", "top"])
 async def test_interrupt_ends_it_well(server: ControlServer, host: Any, command: str) -> None:
     """Ctrl-C is how these end: exit code 0, and nothing on stderr."""
@@ -268,14 +277,19 @@ async def test_interrupt_ends_it_well(server: ControlServer, host: Any, command:
         env=dict(os.environ, PYTHONUNBUFFERED="1"),
     )
     assert process.stdout is not None
-    async with asyncio.timeout(30):
-        if command == "events":
-            while not host.events:  # noqa: ASYNC110 - there is no event for it
-                await asyncio.sleep(0.01)
-            host.events.put(HostEvent(HostEventName.VM_ADDED, "db"))
-        assert await process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, errors = await process.communicate()
+    try:
+        async with asyncio.timeout(60):
+            if command == "events":
+                while not host.events:  # noqa: ASYNC110 - there is no event for it
+                    await asyncio.sleep(0.01)
+                host.events.put(HostEvent(HostEventName.VM_ADDED, "db"))
+            assert await process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
     assert (process.returncode, errors) == (0, b"")
 
 

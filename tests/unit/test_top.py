@@ -22,7 +22,7 @@ from qmp_upm.stats import State
 def later(host: Any, name: str, conversions: int, flips: int = 0) -> None:
     """More has happened in a VM."""
     stats = host.views[name].stats.snapshot()
-    stats.conversions[Copy.SHARED] += conversions
+    stats.followed_conversions += conversions
     stats.flips += flips
     stats.count_discard(Copy.PRIVATE, "age", 4096, 0)
     host.views[name] = host.views[name].model_copy(update={"stats": stats})
@@ -46,6 +46,8 @@ async def test_vms_come_and_go(host: Any) -> None:
     looks.take(host.vms(), 1.0)
     host.views["web"] = web
     assert [row.conversions for row in looks.take(host.vms(), 2.0)] == [0, None]
+    host.views["db"].stats.followed_conversions = 100
+    looks.take(host.vms(), 2.5)
     later(host, "db", -100)
     assert [row.conversions for row in looks.take(host.vms(), 3.0)] == [None, 0]
     del host.views["db"]
