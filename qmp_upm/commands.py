@@ -106,7 +106,7 @@ async def execute(caller: Caller, name: str, arguments: Mapping[str, object]) ->
         known = (field.alias or key for key, field in command.arguments.model_fields.items())
         where = ".".join(str(part) for part in first["loc"][:1])
         raise ControlError(
-            f"{name}: argument {where}: {first['msg']}",
+            f"{name}: argument {where}: {first['msg'].removeprefix('Value error, ')}",
             hint=f"its arguments: {', '.join(known) or 'none'}",
         ) from error
     return await command.run(caller, checked)

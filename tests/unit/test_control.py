@@ -177,6 +177,7 @@ async def test_changes_reach_the_host(server: ControlServer, host: Any) -> None:
         ("set-policy", {"name": "db", "policy": "greedy"}, "GenericError", "installed: lazy"),
         ("reload", {}, "GenericError", "internal error"),
         ("quit", {}, "CommandNotFound", "query-commands"),
+        ("set-budget", {"name": "db", "budget": "5 x"}, "GenericError", "budget: '5 x' is not"),
     ],
 )
 async def test_errors_have_a_class_and_a_hint(
