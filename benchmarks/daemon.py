@@ -83,15 +83,22 @@ class Daemon:
 
 
 @contextlib.asynccontextmanager
-async def daemon(folder: Path, vms: int, policy: str, notify_ms: int) -> AsyncIterator[Daemon]:
-    """``qmp-upm run`` with these VMs, all attached."""
+async def daemon(
+    folder: Path, vms: int, policy: str, notify_ms: int, *, more: int = 0, tasks: Path | None = None
+) -> AsyncIterator[Daemon]:
+    """``qmp-upm run`` with these VMs, all attached, and ``more`` that need not be there yet.
+
+    With ``tasks`` the number of its asyncio tasks is written to that file.
+    """
     config = CONFIG.format(folder=folder, policy=policy, notify_ms=notify_ms)
-    for i in range(vms):
+    for i in range(vms + more):
         config += f'[vms.vm-{i:03}]\nsocket = "{folder}/vm-{i:03}.monitor"\n'
     (folder / "config.toml").write_text(config)
+    program = [str(Path(sys.executable).with_name("qmp-upm"))]
+    if tasks is not None:
+        program = [sys.executable, "-m", "benchmarks.counted", str(tasks)]
     process = await asyncio.create_subprocess_exec(
-        str(Path(sys.executable).with_name("qmp-upm")),
-        *("run", "--config", str(folder / "config.toml")),
+        *(*program, "run", "--config", str(folder / "config.toml")),
         stderr=asyncio.subprocess.PIPE,
         limit=1 << 20,
     )

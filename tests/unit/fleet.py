@@ -21,6 +21,7 @@ from qmp_upm.vm import Session
 MIB = 1 << 20
 PAGE = 4096
 RAM = 64 * MIB
+RING_RECORDS = 1024
 
 
 @dataclass
@@ -75,7 +76,9 @@ class Fleet:
     async def add(self, name: str, **settings: object) -> Served:
         """A VM, listening, and its session, under way. ``settings``: of its configuration."""
         plan = Script()
-        vm = FakeVm(FakePlugin({"ram": RAM}), plan, name=name)
+        clock_ns = self._clock.monotonic_ns
+        plugin = FakePlugin({"ram": RAM}, clock_ns=clock_ns, ring_records=RING_RECORDS)
+        vm = FakeVm(plugin, plan, name=name)
         socket = self.folder / f"{name}.monitor"
         await self._stack.enter_async_context(vm.listening(socket))
         table = VmSettings.model_validate({"notify": "1 ms", "lease": "60 s", **settings})
@@ -93,6 +96,10 @@ class Fleet:
         task = asyncio.create_task(session.run(), name=name)
         self._stack.push_async_callback(self._end, task)
         return served
+
+    def write_telemetry(self) -> None:
+        """What the daemon's thread does with the lines."""
+        self._writer.write_queued()
 
     async def _end(self, task: asyncio.Task[None]) -> None:
         assert not task.done(), task
