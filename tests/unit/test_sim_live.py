@@ -13,18 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmp_upm.config import VmSettings
 from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Decision, LedgerView, Policy, Pressure, make_policy
 from qmp_upm.protocol import Copy
 from qmp_upm.records import make_records
-from qmp_upm.rotation import CappedDirectory
 from qmp_upm.simulator.engine import _Run
 from qmp_upm.simulator.machine import Machine
 from qmp_upm.simulator.timeline import Timeline
-from qmp_upm.telemetry import TelemetryWriter
 from qmp_upm.testing import FakePlugin, FakeVm
-from qmp_upm.vm import Session
+from tests.unit.sessions import running, until
 
 REGION_PAGES = 4096
 
@@ -113,20 +110,15 @@ class Listener(Policy):
 
 
 @contextlib.asynccontextmanager
-async def live(folder: Path, plugin: FakePlugin, policy: Policy) -> AsyncIterator[Session]:
+async def live(folder: Path, plugin: FakePlugin, policy: Policy) -> AsyncIterator[None]:
     """A session with this policy, attached to a fake VM."""
-    table = VmSettings.model_validate({"notify": "1 ms", "lease": "0.3 s", "budget": "1 GiB"})
-    telemetry = TelemetryWriter(CappedDirectory(folder, 1 << 20, 4 << 20)).of("guest")
-    async with FakeVm(plugin).listening(folder / "sock"):
-        session = Session("guest", str(folder / "sock"), table, telemetry)
-        session._policy = policy
-        task = asyncio.create_task(session.run())
-        async with asyncio.timeout(20):
-            while session.state != "attached":  # noqa: ASYNC110 - states have no event
-                await asyncio.sleep(0.005)
-        yield session
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    async with (
+        FakeVm(plugin).listening(folder / "sock"),
+        running(folder, lease="0.3 s", budget="1 GiB") as one,
+    ):
+        one.session.guest.policy._policy = policy
+        await until(lambda: one.session.state == "attached")
+        yield
 
 
 @pytest.mark.parametrize(
