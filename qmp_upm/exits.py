@@ -12,6 +12,8 @@ from qmp_upm.records import Records
 
 READS_MOST = 16
 """Replies taken in one go, so that a guest that floods can't keep its session from deciding."""
+RAM_MOST = 1 << 45
+"""Bytes of guest RAM that a VM may say it has: memory of ours is spent on knowing its pages."""
 STALE_MOST = 4096
 """Ranges asked for at a time when the whole ledger is read."""
 
@@ -29,6 +31,11 @@ class PluginExits:
         """The plugin's state. Raises MessageError if it contradicts itself."""
         query = read_message(Query, await self._monitor.execute("x-upm-query"))
         self._sizes = {region.id: region.size for region in query.regions}
+        if sum(self._sizes.values()) > RAM_MOST:
+            raise MessageError(
+                f"x-upm-query: {sum(self._sizes.values())} bytes of guest RAM",
+                hint="the VM's QEMU or plugin is faulty; restart the VM",
+            )
         if query.records.oldest > query.records.head:
             raise MessageError(
                 "x-upm-query: the oldest record is newer than the newest",
@@ -81,9 +88,10 @@ class PluginExits:
                     hint="the VM's QEMU or plugin is faulty; restart the VM",
                 )
 
-    async def read_stale(self, query: Query) -> dict[Copy, PageSet]:
-        """The plugin's whole ledger."""
+    async def read_stale(self, query: Query, ranges_most: int) -> dict[Copy, PageSet]:
+        """The plugin's whole ledger. MessageError if it has more ranges than there can be."""
         stale = {copy: PageSet() for copy in Copy}
+        ranges = 0
         for region in query.regions:
             for copy in Copy:
                 cursor, done = 0, False
@@ -101,6 +109,12 @@ class PluginExits:
                             hint="the VM's QEMU or plugin is faulty; restart the VM",
                         )
                     cursor = part.cursor
+                    ranges += len(part.ranges)
+                    if ranges > ranges_most:
+                        raise MessageError(
+                            f"x-upm-stale: more than {ranges_most} ranges, which no budget allows",
+                            hint="it is read again; if that does not help, restart the VM",
+                        )
                     for offset, size in part.ranges.tolist():
                         if offset + size > region.size:
                             raise MessageError(

@@ -11,6 +11,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -143,11 +144,20 @@ class Monitor:
         self._oob = False
 
     async def connect(self) -> None:
-        """Connect and negotiate. TakenError if nobody greets, LinkError if there is nobody."""
+        """Connect and negotiate.
+
+        TakenError if nobody greets, SilentError if that is because QEMU is stopped, LinkError if
+        there is nobody.
+        """
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._client.connect(await self._open())
         except TimeoutError as error:
+            if _is_stopped(self.peer_pid):
+                raise SilentError(
+                    f"QEMU, process {self.peer_pid}, is stopped",
+                    hint=f"somebody sent it SIGSTOP, or debugs it: kill -CONT {self.peer_pid}",
+                ) from error
             raise self._taken() from error
         except _BROKEN as error:
             if not isinstance(_innermost(error), OSError | EOFError):
@@ -272,6 +282,15 @@ class Monitor:
             if self._link is not None:
                 self._link.close()  # a connect that was interrupted leaves it open
         return None
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether it is, as proc_pid_stat(5) has it; of a process that is not there: no."""
+    try:
+        line = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return line.rpartition(")")[2].split()[0] in ("T", "t")
 
 
 def _retrieve(task: "asyncio.Task[None]") -> None:

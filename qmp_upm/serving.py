@@ -16,6 +16,7 @@ from qmp_upm.errors import MessageError, PeerError, PluginMissingError, Unavaila
 from qmp_upm.events import HostEventName
 from qmp_upm.exits import PluginExits
 from qmp_upm.guest import Guest
+from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.plugin import plugin_env
 from qmp_upm.policy import Batch, Discard
 from qmp_upm.protocol import COMMANDS, PROTOCOL, BudgetReached, Copy, Discarded, Event, Query
@@ -28,6 +29,8 @@ SETTLE_SECONDS = 1.0
 """What of that the plugin may take with the discards that are under way."""
 RESYNC_SECONDS = 60.0
 """The longest that reading the plugin's whole ledger may take."""
+RANGES_LEAST = 1 << 18
+"""Ranges of a ledger that are read whatever the budget."""
 TURN_SECONDS = 0.002
 """The least time from one turn to the next, while the plugin has no backlog."""
 REFRESH_SECONDS = 2.0
@@ -252,7 +255,7 @@ class Serving:
         try:
             async with asyncio.timeout(RESYNC_SECONDS):
                 query = await self._exits.query()
-                stale = await self._exits.read_stale(query)
+                stale = await self._exits.read_stale(query, self._ranges_most())
         except TimeoutError as error:
             raise MessageError(
                 f"the plugin's ledger was not read within {RESYNC_SECONDS:.0f} s",
@@ -261,6 +264,13 @@ class Serving:
         self._guest.resynchronise(stale, query)
         self._take(query)
         self._ask_policy = True
+
+    def _ranges_most(self) -> int:
+        """Pages of the budget, and of what may still be on its way out.
+
+        A ledger from the time of a larger budget fits at the next try: it has been drained then.
+        """
+        return max(RANGES_LEAST, 2 * self._guest.budget_bytes // PAGE_BYTES)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event.data, Discarded):

@@ -62,7 +62,8 @@ class Session:
         self._clock = clock
         self._since = clock.wall()
         self._trouble: Trouble | None = None
-        self._versions: tuple[str, str, str] | None = None
+        self._qemu_version: str | None = None
+        self._plugin: Query | None = None
         self._asked: deque[tuple[Ask, asyncio.Future[int]]] = deque()
         self._woken = asyncio.Event()
         self._hurry = False
@@ -79,7 +80,6 @@ class Session:
         guest = self.guest
         guest.stats.lost_lines = guest.telemetry.lost_lines
         guest.stats.unrecorded = guest.batches.dropped
-        qemu, plugin, kind = self._versions or (None, None, None)
         return VmView(
             name=guest.name,
             uuid=self.identity.uuid,
@@ -87,9 +87,9 @@ class Session:
             state=self.state,
             since=self._since,
             trouble=self._trouble,
-            qemu_version=qemu,
-            plugin_version=plugin,
-            vm_kind=kind,
+            qemu_version=self._qemu_version,
+            plugin_version=self._plugin.version if self._plugin else None,
+            vm_kind=self._plugin.vm_kind if self._plugin else None,
             policy=guest.policy.table.name,
             parameters=guest.policy.table.parameters,
             fallen_back=guest.policy.fallen_back,
@@ -186,6 +186,8 @@ class Session:
         """Learn who it is; another process or another name is another QEMU."""
         if (identity, monitor.peer_pid) != (self.identity, self.peer_pid):
             self.guest.totals.restarted()
+            self._plugin = None
+        self._qemu_version = monitor.qemu_version
         self.identity, self.peer_pid = identity, monitor.peer_pid
         self.guest.admit(self._admit(self, identity))
 
@@ -205,7 +207,7 @@ class Session:
         guest.stats.reconnects += self._attached_before
         self._attached_before = True
         self._trouble = None
-        self._versions = (monitor.qemu_version, query.version, query.vm_kind)
+        self._plugin = query
         self._to(State.ATTACHED)
         log.info(
             "attached",

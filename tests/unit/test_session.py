@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,29 @@ async def test_no_answer_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert states == ["attached", "silent", "attached", "stopped"]
 
 
+async def test_stopped_qemu_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not taken by somebody else, although it does not greet either; the hint wakes it up."""
+    monkeypatch.setattr(qmp, "CONNECT_SECONDS", 0.2)
+    program = (
+        "import os, signal, socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]);"
+        "s.listen(); os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, str(tmp_path / "sock")
+    )
+    try:
+        async with running(tmp_path) as run:
+            await until((tmp_path / "sock").exists)
+            run.session.hurry()
+            await until(lambda: run.session.state is State.SILENT)
+            trouble = run.session.view().trouble
+            assert trouble is not None
+            assert f"kill -CONT {process.pid}" in trouble.hint
+    finally:
+        process.kill()
+        await process.wait()
+
+
 async def test_no_plugin_is_refused(tmp_path: Path) -> None:
     """With the line that loads it; and attached when the VM was started again with it."""
     peer = fake_vm()
@@ -120,6 +144,7 @@ async def test_no_plugin_is_refused(tmp_path: Path) -> None:
         trouble = run.session.view().trouble
         assert trouble is not None
         assert "plugin env" in trouble.hint
+        assert run.session.view().qemu_version == "10.0.2"
         run.session.hurry()
         await until(lambda: run.session.state is State.ATTACHED)
         assert run.session.view().trouble is None
@@ -174,6 +199,33 @@ async def test_endless_ledger_is_faulty(tmp_path: Path, monkeypatch: pytest.Monk
     )
     async with peer.listening(tmp_path / "sock"), running(tmp_path) as run:
         await until(lambda: run.session.state is State.FAULTY)
+
+
+async def test_ledger_beyond_any_budget_is_faulty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a peer claims to hold costs no memory without end."""
+    monkeypatch.setattr(serving, "RANGES_LEAST", 8)
+    peer = fake_vm()
+    ranges = [[2 * PAGE * number, PAGE] for number in range(9)]
+    peer.replies["x-upm-stale"].append({"ranges": ranges, "cursor": 64 * MIB, "done": True})
+    async with peer.listening(tmp_path / "sock"), running(tmp_path, budget="16 KiB") as run:
+        await until(lambda: run.session.state is State.FAULTY)
+        run.session.hurry()
+        await until(lambda: run.session.state is State.ATTACHED)
+
+
+async def test_more_ram_than_there_is_is_faulty(tmp_path: Path) -> None:
+    """A peer that says it has petabytes is not believed."""
+    peer = fake_vm()
+    query = peer.plugin("x-upm-query", {})
+    region = query["regions"][0] | {"size": (1 << 43) - PAGE}
+    regions = [region | {"id": number} for number in range(1, 6)]
+    peer.replies["x-upm-query"].append(query | {"regions": regions})
+    async with peer.listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.FAULTY)
+        run.session.hurry()
+        await until(lambda: run.session.state is State.ATTACHED)
 
 
 async def test_close_in_mid_reply_is_backoff(tmp_path: Path) -> None:
