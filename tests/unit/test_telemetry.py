@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Telemetry: no line is lost unless counted, and no disk is filled or waited for."""
 
+import asyncio
 import json
 import os
 import resource
@@ -56,7 +57,7 @@ async def test_closing_loses_no_line(tmp_path: Path) -> None:
     telemetry = writer.of("vm")
     writer.start()
     telemetry.line("first")
-    assert begun.wait(20)
+    assert await asyncio.to_thread(begun.wait, 20)
     telemetry.line("second")
     go_on.set()
     assert await writer.close(20)
@@ -77,7 +78,9 @@ async def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
     assert sum(map(len, flooder._queue)) <= QUEUE_BYTES
     assert not await writer.close(0.01)
     go_on.set()
-    writer._thread.join(20)
+    for thread in threading.enumerate():
+        if thread.name == "telemetry":
+            thread.join(20)
     assert read_totals(flooder.path)["lost_lines"] == flooder.lost_lines
 
 
@@ -106,7 +109,7 @@ def test_a_full_disk_costs_lines_and_says_how_many(tmp_path: Path) -> None:
     assert (totals["lost_lines"], totals["discarded_bytes"]) == (3, 4096)
 
 
-async def test_a_defect_does_not_end_the_thread(tmp_path: Path) -> None:
+async def test_a_defect_does_not_end_the_writing(tmp_path: Path) -> None:
     """It is logged with its traceback, its lines are counted, and those of others are written."""
     left = ["first"]
 
