@@ -23,6 +23,7 @@ ROWS_MOST = 4096
 """Granules with a histogram of their own: 786 KiB of them."""
 FADE_ABOVE = 1024.0
 """Observations that a row has at most; then all of its buckets are halved."""
+_REGION_SHIFT = 32
 
 Floats = NDArray[np.float64]
 
@@ -62,8 +63,8 @@ class ReturnTimes:
         if not len(returns):
             return
         runs = Runs(*(returns[name].astype(np.int64) for name in ("region", "first", "pages")))
-        keys = np.unique(np.stack((runs.region, runs.first >> GRANULE_SHIFT)), axis=1)
-        if keys.shape[1] >= ROWS_MOST // 2:
+        keys = np.unique(runs.region << _REGION_SHIFT | runs.first >> GRANULE_SHIFT)
+        if len(keys) >= ROWS_MOST // 2:
             return  # nothing can be told apart in so many at once
         self._make_rows(copy, keys)
         at = self.rows(copy, runs), bucket_of(returns["away_ns"] / NSEC)
@@ -73,8 +74,8 @@ class ReturnTimes:
             self.counts[faded] /= 2
 
     def _make_rows(self, copy: Copy, keys: Ints) -> None:
-        for region in np.unique(keys[0]).tolist():
-            granules = keys[1][keys[0] == region]
+        for region in np.unique(keys >> _REGION_SHIFT).tolist():
+            granules = keys[keys >> _REGION_SHIFT == region] & ((1 << _REGION_SHIFT) - 1)
             rows = self._grown((copy, region), int(granules.max()) + 1)
             new = granules[rows[granules] == 0]
             if self._used + len(new) > ROWS_MOST:

@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qmp_upm.digest import Digest, Returns, digest, make_returns, no_sets
-from qmp_upm.pages import PageSet, Runs
+from qmp_upm.pages import Ints, PageSet, Runs
 from qmp_upm.protocol import Copy
 from qmp_upm.records import Records
 
 LAYERS_MOST = 64
-LAYERS_JOINED = 48
-"""Past LAYERS_MOST, layers are joined until there are so many."""
+"""Past it, two neighbours are joined."""
 JOIN_ALWAYS_NS = 1_000_000
 """Times that differ by less count as one: conversions come in batches no shorter than this."""
 SAMPLED_RUNS = 512
-"""Of the runs that may have flipped back in a batch, about as many are looked up in the layers."""
+SAMPLED_RETURNS = 2048
+"""Of the runs that came back, at most so many are looked up, and of flips within a batch told."""
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Ledger:
         self._stale = no_sets()
         self._layers: list[_Layer] = []
         self._front: dict[Copy, Cohort | None] = dict.fromkeys(Copy)
-        self._last = Digest()
-        self._kept = no_sets()
+        self._live = no_sets()
+        self._last, self._kept, self._back = Digest(), no_sets(), no_sets()
 
     @property
     def stale_bytes(self) -> int:
@@ -139,36 +139,41 @@ class Ledger:
 
         Also those whose old copy had been discarded. Of very many, a sample with its weight.
         """
-        parts = [self._last.returns]
-        for copy in Copy:
-            for pages, weight, kept in self._came_back(copy):
-                parts += self._looked_up(copy, pages, weight, kept)
-        return np.concatenate(parts)
+        step = -(-len(self._last.returns) // SAMPLED_RETURNS) or 1
+        within = self._last.returns[::step].copy()
+        within["weight"] *= step
+        return np.concatenate((within, *map(self._came_back, Copy)))
 
-    def _looked_up(
-        self, copy: Copy, pages: PageSet, weight: float, kept: bool
-    ) -> Iterator[Returns]:
-        """Rows for those of ``pages`` that an earlier batch had made live in the other copy."""
+    def _came_back(self, copy: Copy) -> Returns:
+        """Runs that came back to a copy, each as old as its first page, and kept if that was."""
+        runs = self._back[copy].runs()
+        step = -(-len(runs.region) // SAMPLED_RUNS) or 1
+        runs = Runs(*(column[::step] for column in runs))
+        pages = PageSet.of_runs(Runs(runs.region, runs.first, np.ones_like(runs.pages)))
+        rows = make_returns(runs, copy is Copy.PRIVATE, 0, kept=False)
+        rows["weight"] = step
+        rows["kept"][_positions(runs, pages & self._kept[copy])] = 1
         for layer in reversed(self._layers[:-1]):
-            pages.subtract(layer.live[copy])
             if not pages:
                 break
             found = pages & layer.live[copy.other]
             if found:
                 pages.subtract(found)
                 away_ns = max(0, self._layers[-1].time_ns - layer.time_ns)
-                rows = make_returns(found.runs(), copy is Copy.PRIVATE, away_ns, kept)
-                rows["weight"] = weight
-                yield rows
+                rows["away_ns"][_positions(runs, found)] = away_ns
+        return rows
 
     def apply(self, records: Records, now_ns: int) -> Applied:
         """Follow conversions, in their order."""
         if not len(records):
-            self._last, self._kept = Digest(), no_sets()
+            self._last, self._kept, self._back = Digest(), no_sets(), no_sets()
             return Applied(0, 0)
         change = digest(records)
         kept = {copy: change.first[copy] & self._stale[copy] for copy in Copy}
+        back = {copy: change.first[copy] & self._live[copy.other] for copy in Copy}
         for copy in Copy:
+            self._live[copy].subtract(change.last[copy.other])
+            self._live[copy] |= change.last[copy]
             front = self._front[copy]
             for converted in change.last.values():
                 self._stale[copy] -= converted
@@ -176,7 +181,7 @@ class Ledger:
                     front.pages.subtract(converted)
             self._stale[copy] |= change.entered[copy]
         self._push(now_ns, change.last)
-        self._last, self._kept = change, kept
+        self._last, self._kept, self._back = change, kept, back
         reused = change.reused_bytes + sum(pages.bytes for pages in kept.values())
         return Applied(change.deferred_bytes, reused)
 
@@ -193,9 +198,12 @@ class Ledger:
         for copy in Copy:
             fresh[copy] -= self._stale[copy]
             self._stale[copy] = stale[copy].copy()
+        for copy in Copy:
+            self._live[copy].subtract(fresh[copy])
+            self._live[copy] |= fresh[copy.other]
         self._push(now_ns, {copy: fresh[copy.other] for copy in Copy})
         self._front = dict.fromkeys(Copy)
-        self._last, self._kept = Digest(), no_sets()
+        self._last, self._kept, self._back = Digest(), no_sets(), no_sets()
 
     def forget_regions_but(self, known: Collection[int]) -> None:
         """Forget what is known of regions that are gone, such as those before a guest's reset."""
@@ -205,6 +213,7 @@ class Ledger:
 
     def _sets(self) -> Iterator[PageSet]:
         yield from self._stale.values()
+        yield from self._live.values()
         for layer in self._layers:
             yield from layer.live.values()
         for front in self._front.values():
@@ -221,23 +230,14 @@ class Ledger:
             if copy in layer.spent:
                 continue
             pages = layer.live[copy.other] & self._stale[copy]
-            for newer in self._layers[at + 1 :]:
+            for newer in reversed(self._layers[at + 1 :]):
                 if not pages:
                     break
-                pages -= newer.live[copy.other]
+                pages.subtract(newer.live[copy.other])
             if pages:
                 return Cohort(layer.time_ns, copy, pages)
             layer.spent.add(copy)
         return None
-
-    def _came_back(self, copy: Copy) -> Iterator[tuple[PageSet, float, bool]]:
-        """Pages that the last batch found where ``copy`` was kept, or not; and their weight."""
-        gone = self._last.first[copy].copy()
-        gone -= self._kept[copy]
-        for pages, kept in ((self._kept[copy], True), (gone, False)):
-            runs = pages.runs()
-            step = -(-len(runs.region) // SAMPLED_RUNS) or 1
-            yield PageSet.of_runs(Runs(*(column[::step] for column in runs))), float(step), kept
 
     def _push(self, now_ns: int, live: dict[Copy, PageSet]) -> None:
         if len(self._layers) > LAYERS_MOST:
@@ -245,17 +245,22 @@ class Ledger:
         self._layers.append(_Layer(now_ns, live))
 
     def _join(self, now_ns: int) -> None:
-        """Join neighbours, those first whose times differ least for their age."""
+        """Join the two neighbours whose times differ least for their age."""
         layers = self._layers
-        while len(layers) > LAYERS_JOINED:
-            times = [layer.time_ns for layer in layers]
-            at = min(
-                range(len(layers) - 1),
-                key=lambda i: (times[i + 1] - times[i]) / (now_ns - times[i + 1] + JOIN_ALWAYS_NS),
-            )
-            newer, older = layers.pop(at + 1), layers[at]
-            older.spent &= newer.spent
-            for copy in Copy:
-                older.live[copy] = older.live[copy].copy()
-                older.live[copy] -= newer.live[copy.other]
-                older.live[copy] |= newer.live[copy]
+        times = [layer.time_ns for layer in layers]
+        at = min(
+            range(len(layers) - 1),
+            key=lambda i: (times[i + 1] - times[i]) / (now_ns - times[i + 1] + JOIN_ALWAYS_NS),
+        )
+        newer, older = layers.pop(at + 1), layers[at]
+        older.spent &= newer.spent
+        for copy in Copy:
+            older.live[copy] = older.live[copy].copy()
+            older.live[copy] -= newer.live[copy.other]
+            older.live[copy] |= newer.live[copy]
+
+
+def _positions(runs: Runs, firsts: PageSet) -> Ints:
+    """Where in ``runs``, which are in order, those are that begin with one of these pages."""
+    numbers = firsts.numbers()
+    return np.searchsorted(runs.region << 32 | runs.first, numbers.region << 32 | numbers.first)

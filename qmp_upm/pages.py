@@ -134,6 +134,16 @@ class PageSet:
             np.concatenate([pages for _, _, pages in parts]),
         )
 
+    def numbers(self) -> Runs:
+        """The set page by page, as runs of one: only for sets that are known to be small."""
+        parts = [
+            (region, np.frombuffer(self._regions[region].to_array(), dtype=np.uint32))
+            for region in sorted(self._regions)
+        ]
+        first = np.concatenate([np.empty(0, dtype=np.int64), *(pages for _, pages in parts)])
+        region = np.repeat([r for r, _ in parts], [len(pages) for _, pages in parts])
+        return Runs(region.astype(np.int64), first, np.ones_like(first))
+
     def ranges(self) -> Iterator[Range]:
         """The set as runs, merged, in order of region and offset."""
         runs = self.runs()
