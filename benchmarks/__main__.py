@@ -180,7 +180,7 @@ def main() -> int:
         raw, troubles = measure(args.parts, args.rounds, args.raw, cgs)
     results = write(raw, args.to)
     for target in results.targets:
-        word = {True: "met", False: "MISSED", None: "row not there"}[target.met]
+        word = {True: "met", False: "MISSED", None: "not measured"}[target.met]
         print(f"{target.what}: {target.measured} (at most {target.limit}): {word}")
     print(f"Written: {args.to / 'RESULTS.md'}, {args.to / 'results.json'}")
     for trouble in troubles:

@@ -73,6 +73,7 @@ def native(rows: list[NativeRow], folder: Path) -> str:
             label=row.row,
         )
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_yscale("log")
     axes.set_xlabel("range, KiB")
     axes.set_ylabel("processor time of a flip, µs")

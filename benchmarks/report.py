@@ -181,7 +181,7 @@ def _machine(m: Machine) -> str:
 
 
 def _targets(results: Results) -> str:
-    word = {True: "met", False: "**missed**", None: "row not there"}
+    word = {True: "met", False: "**missed**", None: "not measured"}
     return table(
         ("promise", "at most", "measured", ""),
         (

@@ -20,14 +20,20 @@ Raw = dict[str, Any]
 def _boots(vms: list[Vm]) -> list[Raw]:
     """A boot in turn; then all idle together, and what they hold is sampled from power-on."""
     found: list[Raw] = []
-    begun = []
+    begun: list[float] = []
+
+    def sample() -> None:
+        for vm, start, raw in zip(vms, begun, found, strict=False):
+            raw["samples"].append([time.monotonic() - start, vm.stale()])
+
     for vm in vms:
         begun.append(time.monotonic())
-        found.append({"row": vm.row.name, "boot": vm.take(Turn("boot")), "samples": [[0.0, 0]]})
+        found.append({"row": vm.row.name, "samples": [[0.0, 0]], "boot": vm.take(Turn("boot"))})
+        sample()
     while time.monotonic() < begun[-1] + IDLE_SECONDS:
-        for vm, start, raw in zip(vms, begun, found, strict=True):
-            raw["samples"].append([time.monotonic() - start, vm.stale()])
+        sample()
         time.sleep(SAMPLE_SECONDS)
+    sample()
     for vm, raw in zip(vms, found, strict=True):
         raw["peak_stale_bytes"] = vm.query()["stale"]["peak"] if vm.row.plugin else 0
     return found
