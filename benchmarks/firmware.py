@@ -15,8 +15,8 @@ from tests.lab.scenario import Scenario
 
 MODULES = (
     "net/core/failover",
-    "drivers/virtio/virtio",
     "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
     "drivers/virtio/virtio_pci_legacy_dev",
     "drivers/virtio/virtio_pci_modern_dev",
     "drivers/virtio/virtio_pci",
@@ -31,7 +31,7 @@ $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
 $b mount -t devtmpfs dev /dev
 for m in %s; do
-    [ ! -e /modules/$m.ko ] || $b insmod /modules/$m.ko
+    $b insmod /modules/$m.ko
 done
 $b sleep 1
 echo "lab: disk $($b dd if=/dev/vda bs=64k count=256 2>/dev/null | $b wc -c)"
@@ -96,8 +96,7 @@ def _initrd(tree: Path, to: Path) -> None:
             (root / folder).mkdir()
         shutil.copy(busybox, root / "bin/busybox")
         for module in modules:
-            if module.exists():
-                shutil.copy(module, root / "modules")
+            shutil.copy(module, root / "modules")
         (root / "init").write_text(
             INIT % " ".join(module.stem for module in modules), encoding="utf-8"
         )
