@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,42 @@ async def test_who_does_not_go_on_is_disconnected(
     assert "hint: " in (await client.ask(begun))["error"]["desc"]
     assert await client.take() == {"closed": True}
     await server.stop()
+
+
+SEEDS = [
+    b'{"execute": "query-vm", "arguments": {"name": "db"}}',
+    b'{"execute": "set-budget", "arguments": {"name": "db", "budget": "1 MiB"}, "id": [1, {}]}',
+    b'{"execute": "record-start", "arguments": {"name": "db"}}',
+    b'{"execute": "flush", "arguments": {"name": "db", "copy": "shared"}}',
+]
+
+
+def mutated(random: Random) -> bytes:
+    """A command with a few bytes put in, changed and taken out."""
+    text = bytearray(random.choice(SEEDS))
+    for _ in range(random.choice([0, 1, 3, 20])):
+        at = random.randrange(len(text))
+        text[at : at + random.randrange(3)] = random.randbytes(random.randrange(3))
+    return bytes(text)
+
+
+async def test_mutated_commands(server: ControlServer, host: Any, connect: Connect) -> None:
+    """Clients that send them, and leave at any moment, cost nothing and hold up nobody."""
+    random = Random(7)  # noqa: S311 - the same each time
+    for number in range(300):
+        client = await connect(server, random.choice(["new", "greeted", "negotiated"]))
+        for _ in range(random.randrange(6)):
+            client.writer.write(mutated(random) * random.choice([1, 1, 40]))
+        client.writer.write(b"\n")
+        for _ in range(random.randrange(20)):
+            await asyncio.sleep(0)
+        client.writer.transport.abort()
+        await until(lambda: not server._tasks)
+        if number % 50 == 0:
+            await still_answers(server)
+            await until(lambda: not server._tasks)
+    assert not host.events
+    assert not host.batches
 
 
 async def test_commands_in_one_piece_and_in_bytes(server: ControlServer, connect: Connect) -> None:
