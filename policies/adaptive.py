@@ -94,6 +94,7 @@ class Adaptive(Policy):
         self._limits = Limits(parameters)
         self._times = ReturnTimes()
         self._queues: dict[tuple[Copy, int], deque[_Waiting]] = {}
+        self._begun = False
         self._credit_s = 0.0
         self._trials = dict(TRIALS)
         self._hold_bytes: int | None = FIRST_BYTES
@@ -105,20 +106,41 @@ class Adaptive(Policy):
         if len(batch):
             self._learn(batch, ledger.returns())
             self._choose_modes(batch, ledger.stale_bytes)
+        if batch.dropped or not self._begun:
+            self.attached(ledger, now_ns)
+        elif len(batch):
             for copy in Copy:
                 self._plan(copy, ledger.entered(copy), now_ns)
         if self._limits.is_pressed(pressure):
             return Decision(discards=give_all_back(ledger, "pressure"))
-        discards = self._due(ledger, now_ns) or self._limits.over_budget(ledger)
-        waiting = ((queue, k) for (_, k), queue in self._queues.items() if queue)
-        wake = min((queue[0].last_ns + _hold_ns(k) for queue, k in waiting), default=None)
+        discards = (
+            self._due(ledger, now_ns)
+            or self._too_old(ledger, now_ns)
+            or self._limits.over_budget(ledger)
+        )
+        # What speaks for a discard besides is heard at once, with these taken out.
+        wake = now_ns if discards else self._next_ns(ledger)
         return Decision(self._defer, tuple(discards), wake, self._hold_bytes)
 
     def attached(self, ledger: LedgerView, now_ns: int) -> None:
         """What is stale now is waited for anew: nothing is known of the time between."""
+        self._begun = True
         self._queues.clear()
         for copy in Copy:
             self._plan(copy, ledger.stale(copy), now_ns)
+
+    def _too_old(self, ledger: LedgerView, now_ns: int) -> list[Discard]:
+        """Whatever got into the ledger unseen, by a resynchronisation, goes by age."""
+        since_ns = now_ns - int(self.parameters.max_age * NSEC)
+        old = ((copy, ledger.older_than(copy, since_ns)) for copy in Copy)
+        return [Discard(copy, pages, "age") for copy, pages in old if pages]
+
+    def _next_ns(self, ledger: LedgerView) -> int | None:
+        waiting = ((queue, k) for (_, k), queue in self._queues.items() if queue)
+        times = [queue[0].last_ns + _hold_ns(k) for queue, k in waiting]
+        oldest = (ledger.oldest_ns(copy) for copy in Copy)
+        age_ns = int(self.parameters.max_age * NSEC)
+        return min([*times, *(ns + age_ns for ns in oldest if ns is not None)], default=None)
 
     def _learn(self, batch: Batch, returns: Returns) -> None:
         self._times.learn(returns)

@@ -43,6 +43,7 @@ class ReturnTimes:
         """By row and bucket. Row 0 has nothing."""
         self._used = 1
         self._rows: dict[tuple[Copy, int], NDArray[np.uint16]] = {}
+        self._owners: list[tuple[tuple[Copy, int], int]] = [((Copy.PRIVATE, 0), 0)]
 
     def rows(self, copy: Copy, runs: Runs) -> Ints:
         """For each run of stale copies the row of its first granule, 0 if it has none."""
@@ -83,6 +84,7 @@ class ReturnTimes:
                 rows = self._rows[copy, region]
                 new = granules[rows[granules] == 0]
             rows[new] = np.arange(self._used, self._used + len(new))
+            self._owners += [((copy, region), granule) for granule in new.tolist()]
             self._used += len(new)
 
     def _grown(self, key: tuple[Copy, int], granules: int) -> NDArray[np.uint16]:
@@ -97,9 +99,11 @@ class ReturnTimes:
         """Keep the half of the rows that has seen most, in their order."""
         seen = self.counts[: self._used].sum(axis=1)
         keep = np.sort(np.argsort(seen[1:], kind="stable")[len(seen) // 2 :] + 1)
-        renamed = np.zeros(ROWS_MOST, dtype=np.uint16)
-        renamed[keep] = np.arange(1, len(keep) + 1)
+        for key, granule in self._owners[1:]:
+            self._rows[key][granule] = 0
+        self._owners = [self._owners[0], *(self._owners[row] for row in keep.tolist())]
+        for row, (key, granule) in enumerate(self._owners[1:], start=1):
+            self._rows[key][granule] = row
         self.counts[1 : len(keep) + 1] = self.counts[keep]
         self.counts[len(keep) + 1 :] = 0
         self._used = len(keep) + 1
-        self._rows = {key: renamed[rows] for key, rows in self._rows.items()}

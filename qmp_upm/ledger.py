@@ -28,7 +28,7 @@ LAYERS_MOST = 64
 """Past it, two neighbours are joined."""
 JOIN_ALWAYS_NS = 1_000_000
 """Times that differ by less count as one: conversions come in batches no shorter than this."""
-SAMPLED_RUNS = 512
+SAMPLED_RUNS = 256
 SAMPLED_RETURNS = 2048
 """Of the runs that came back, at most so many are looked up, and of flips within a batch told."""
 

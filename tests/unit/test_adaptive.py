@@ -14,7 +14,7 @@ from qmp_upm.errors import ConfigError
 from qmp_upm.history import BUCKETS, EDGES_S, FADE_ABOVE, ROWS_MOST, ReturnTimes, bucket_of
 from qmp_upm.ledger import Ledger
 from qmp_upm.pages import PAGE_BYTES, Runs
-from qmp_upm.policy import Batch, Decision, Pressure, make_policy
+from qmp_upm.policy import Batch, Decision, Policy, Pressure, make_policy
 from qmp_upm.prices import Prices
 from qmp_upm.protocol import Copy
 from qmp_upm.records import make_records
@@ -118,6 +118,51 @@ def test_attached_again_waits_for_what_is_stale() -> None:
     policy.attached(ledger, 0)
     decision: Decision = policy.decide(Batch(), ledger, 3600 * NSEC, Pressure())
     assert [discard.pages for discard in decision.discards] == [ledger.stale(Copy.SHARED)]
+
+
+def until_empty(policy: Policy, ledger: Ledger, decision: Decision) -> list[str]:
+    """The reasons of all discards until nothing is stale, each at the time asked for."""
+    reasons = []
+    while ledger.stale_bytes:
+        for discard in decision.discards:
+            reasons.append(discard.reason)
+            ledger.remove(discard.copy, discard.pages)
+        if ledger.stale_bytes:
+            assert decision.wake_at_ns is not None
+            decision = policy.decide(Batch(), ledger, decision.wake_at_ns, Pressure())
+    return reasons
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_takes_over_what_another_policy_holds(dropped: int) -> None:
+    """Swapped in, or after records were lost, it plans for all that is stale."""
+    policy, ledger = make_policy("adaptive", {"prices": PRICES}), Ledger(1 << 40)
+    if dropped:
+        policy.decide(Batch(), ledger, 0, Pressure())
+    ledger.apply(records_of((0, 4, 1, 0)), 0)
+    decision = policy.decide(Batch(dropped=dropped), ledger, 0, Pressure())
+    assert until_empty(policy, ledger, decision) == ["learnt"]
+
+
+def test_what_is_stale_unseen_goes_by_age() -> None:
+    """A resynchronisation may find what no batch told of."""
+    parameters = {"prices": PRICES, "max_age": "60 s"}
+    policy, ledger = make_policy("adaptive", parameters), Ledger(1 << 40)
+    policy.decide(Batch(), ledger, 0, Pressure())
+    ledger.apply(records_of((0, 4, 1, 0)), 0)
+    decision = policy.decide(Batch(), ledger, 1, Pressure())
+    assert decision.wake_at_ns == 60 * NSEC
+    assert until_empty(policy, ledger, decision) == ["age"]
+
+
+def test_budget_takes_the_oldest() -> None:
+    """Above the high watermark it does not wait for what it has learnt."""
+    policy, ledger = make_policy("adaptive", {"prices": PRICES}), Ledger(10 * PAGE_BYTES)
+    policy.decide(Batch(), ledger, 0, Pressure())
+    records = records_of((0, 10, 1, 0))
+    ledger.apply(records, 0)
+    decision = policy.decide(Batch(records), ledger, 1, Pressure())
+    assert [(d.reason, d.pages.bytes) for d in decision.discards] == [("budget", 3 * PAGE_BYTES)]
 
 
 def test_prices_come_from_a_file(tmp_path: Path) -> None:

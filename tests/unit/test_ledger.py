@@ -210,6 +210,24 @@ def test_lazy_keeps_the_watermarks() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["lazy", "adaptive"])
+@pytest.mark.parametrize("source", ["host_some_percent", "cgroup_some_percent"])
+def test_pressure_gives_everything_back(name: str, source: str) -> None:
+    """From the threshold on, of the host or of the cgroup, and until half of it is reached."""
+    policy, ledger = make_policy(name, {"pressure": 10}), stale_ledger(3, 100)
+    held = []
+    for percent in (9.9, 10, 6, 4.9, 6):
+        decision = policy.decide(Batch(), ledger, 4 * NSEC, Pressure(**{source: percent}))
+        held.append((bool(decision.defer), [d.reason for d in decision.discards]))
+    assert held == [
+        (True, []),
+        (False, ["pressure"]),
+        (False, ["pressure"]),
+        (True, []),
+        (True, []),
+    ]
+
+
 def test_batched_flushes_by_bytes_and_by_delay() -> None:
     """Nothing before either is reached; everything then."""
     policy = make_policy("batched", {"max_bytes": 4 * PAGE_BYTES, "max_delay": 5})
