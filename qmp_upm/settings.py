@@ -20,7 +20,7 @@ def configured(config: Config, vm: str) -> list[Setting]:
     values = config.settings_of(vm).model_dump(mode="json")
     settings = []
     for key, path in config.sources_of(vm).items():
-        origin = config.origins.of(path)
+        origin = config.origins.lines.get(path)
         table = ".".join(path[:-1])
         source = f"{origin[0]}:{origin[1]} [{table}]" if origin else "built in"
         settings.append(Setting(key, values[key], source))

@@ -116,9 +116,12 @@ def test_tables_for_groups(tmp_path: Path) -> None:
         'discovery = ["/run/*.monitor"]\n[telemetry]\ndirectory = "/t"\n'
         '[vms.web-1]\nbudget = "4 MiB"\n'
         '[vms.web]\nmatch = ["web-*", "www"]\nbudget = "1 MiB"\nlease = "7 s"\nweight = 7\n'
-        '[vms.new]\nmatch = ["*-1"]\nlease = "8 s"\n'
+        '[vms.new]\nmatch = ["*-1"]\nlease = "8 s"\n[defaults]\nbudget = "9 MiB"\n'
     )
     config = load_config(file)
+    sources = {setting.key: setting.source for setting in configured(config, "web-2")}
+    assert sources["notify"] == "built in"
+    assert sources["weight"] == f"{file}:10 [vms.web]"
     one, two, other = (config.settings_of(name) for name in ("web-1", "web-2", "db"))
     assert (one.budget, one.lease, one.weight) == (4 << 20, 8.0, 7)
     assert (two.budget, two.lease, two.weight) == (1 << 20, 7.0, 7)

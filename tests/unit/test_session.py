@@ -73,12 +73,14 @@ async def test_nobody_there_is_backoff(tmp_path: Path) -> None:
 
 async def test_taken_monitor_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another client holds it; when that one has gone, the session attaches."""
-    monkeypatch.setattr(qmp, "CONNECT_SECONDS", 0.05)
+    seconds = qmp.CONNECT_SECONDS
     async with fake_vm().listening(tmp_path / "sock"):
         other = Monitor(str(tmp_path / "sock"))
         await other.connect()
+        monkeypatch.setattr(qmp, "CONNECT_SECONDS", 0.05)
         async with running(tmp_path) as run:
             await until(lambda: run.session.state is State.BUSY)
+            monkeypatch.setattr(qmp, "CONNECT_SECONDS", seconds)
             await other.close()
             run.session.hurry()
             await until(lambda: run.session.state is State.ATTACHED)
@@ -97,8 +99,8 @@ async def test_full_queue_of_a_taken_monitor_is_busy(tmp_path: Path) -> None:
 
 async def test_no_answer_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A QEMU that greets and then does not answer, and one that does not even greet after that."""
-    monkeypatch.setattr(qmp, "EXECUTE_SECONDS", 0.05)
-    monkeypatch.setattr(qmp, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(qmp, "EXECUTE_SECONDS", 1)
+    monkeypatch.setattr(qmp, "CONNECT_SECONDS", 1)
     plan = Script()
     plan.add("x-upm-read", None, Drop())
     plan.add("greeting", None, Drop())
