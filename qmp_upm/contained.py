@@ -21,7 +21,7 @@ from qmp_upm.stats import VmStats
 
 DECIDE_SECONDS = 1.0
 """The longest that a decision may take; it should take a thousandth of that."""
-AGAIN_SECONDS = 0.1
+AGAIN_SECONDS = 1.0
 """Until a policy that catches everything is interrupted once more."""
 
 Result = TypeVar("Result")
@@ -95,16 +95,22 @@ def _time_limit() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, _interrupt)
+    over = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if not over:
+            raise PolicyError(
+                f"the policy did not decide within {DECIDE_SECONDS:.0f} s",
+                hint="tell the policy's author",
+            )
+
+    before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, DECIDE_SECONDS, AGAIN_SECONDS)
     try:
-        yield
+        try:
+            yield
+        finally:
+            over = True  # an alarm from here on would hit the event loop
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise PolicyError(
-        f"the policy did not decide within {DECIDE_SECONDS:.0f} s", hint="tell the policy's author"
-    )
