@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,22 +131,28 @@ async def test_a_defect_does_not_end_the_writing(tmp_path: Path) -> None:
     assert (first.lost_lines, len(read_lines(second.path))) == (1, 1)
 
 
-@pytest.fixture
-def file_limit() -> Iterator[int]:
-    """No file of this process grows beyond so many bytes: what a full disk does to a write."""
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes: what a full disk does to a write.
+
+    Only for as long as a write takes: the runner's own output may be such a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield 1000
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_write_that_is_cut_short_leaves_no_part(writer: TelemetryWriter, file_limit: int) -> None:
+def test_a_write_that_is_cut_short_leaves_no_part(writer: TelemetryWriter) -> None:
     """A block that only half fits is lost whole; the file's lines before it are whole."""
     telemetry = writer.of("vm")
-    telemetry.line("first", text="x" * (file_limit // 2))
+    telemetry.line("first", text="x" * 500)
     writer.write_queued()
-    telemetry.line("second", text="x" * file_limit)
-    writer.write_queued()
+    telemetry.line("second", text="x" * 1000)
+    with structlog.testing.capture_logs(), file_limit(1000):
+        writer.write_queued()
     assert [line["event"] for line in read_lines(telemetry.path)] == ["first"]
     assert telemetry.lost_lines == 1
 
