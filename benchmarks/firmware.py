@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Debian's OVMF and cloud kernel, booted once in the lab."""
 
-import gzip
 import shutil
 import subprocess
 import tempfile
@@ -101,15 +100,7 @@ def _initrd(tree: Path, to: Path) -> None:
             INIT % " ".join(module.stem for module in modules), encoding="utf-8"
         )
         (root / "init").chmod(0o755)
-        names = "\n".join(str(p.relative_to(root)) for p in root.rglob("*"))
-        archive = subprocess.run(
-            ["cpio", "-o", "-H", "newc", "--quiet"],
-            cwd=root,
-            check=True,
-            input=names.encode(),
-            capture_output=True,
-        ).stdout
-    to.write_bytes(gzip.compress(archive, 1))
+        build.pack(root, to)
 
 
 def images(out: Path, kernel: Path | None = None) -> dict[str, str]:

@@ -142,6 +142,19 @@ def firmware() -> Path:
     return cached("boot.rom", _texts("boot.S", "boot.ld"), gcc(flags, ["boot.S"]))
 
 
+def pack(root: Path, target: Path) -> None:
+    """An initramfs of all that is below ``root``."""
+    names = "\n".join(str(p.relative_to(root)) for p in root.rglob("*"))
+    archive = subprocess.run(
+        ["cpio", "-o", "-H", "newc", "--quiet"],
+        cwd=root,
+        check=True,
+        input=names.encode(),
+        capture_output=True,
+    ).stdout
+    target.write_bytes(gzip.compress(archive, 1))
+
+
 def initramfs() -> Path:
     """Busybox and an init script."""
     busybox = shutil.which("busybox")
@@ -156,15 +169,7 @@ def initramfs() -> Path:
             shutil.copy(str(busybox), root / "bin/busybox")
             (root / "init").write_text(INIT, encoding="utf-8")
             (root / "init").chmod(0o755)
-            names = "\n".join(str(p.relative_to(root)) for p in root.rglob("*"))
-            archive = subprocess.run(
-                ["cpio", "-o", "-H", "newc", "--quiet"],
-                cwd=root,
-                check=True,
-                input=names.encode(),
-                capture_output=True,
-            ).stdout
-            target.write_bytes(gzip.compress(archive, 1))
+            pack(root, target)
 
     return cached("initramfs", [INIT.encode(), Path(busybox).read_bytes()], make)
 
