@@ -20,7 +20,8 @@ neighbours
     beside the flood over p99 without it.
 
 CPU is the process' own time from /proc, so that other load on the machine hardly changes it;
-reaction times do change with it: the load average stands beside them.
+reaction times do change with it: ``load_waited_percent`` of the time the daemon was kept from
+running, and the load average stands beside them.
 """
 
 import argparse
@@ -67,6 +68,10 @@ class Daemon:
         """Of user and system together, since its start."""
         fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def waited_seconds(self) -> float:
+        """That it could have run since its start, had there been a processor for it."""
+        return int((self._proc / "schedstat").read_text().split()[1]) / NSEC
 
     def resident_mib(self) -> float:
         """Of its memory."""
@@ -150,14 +155,16 @@ async def measure_load(folder: Path, options: argparse.Namespace) -> dict[str, A
         daemon(folder, options.vms, PROMPT, options.notify_ms) as under,
     ):
         await guests.load(Load(2.0, load.conversions_per_second, load.run_pages))
-        before = under.cpu_seconds()
+        before, waited = under.cpu_seconds(), under.waited_seconds()
         report = await guests.load(load)
         used = under.cpu_seconds() - before
+        waited = under.waited_seconds() - waited
         reactions = report["reactions_ns"]
         return {
             "cpu_seconds_per_million": round(used / report["conversions"] * 1e6, 3),
             "cpu_seconds_per_million_records": round(used / report["records"] * 1e6, 1),
             "load_cpu_percent": round(100 * used / report["seconds"], 1),
+            "load_waited_percent": round(100 * waited / report["seconds"], 1),
             "conversions_per_second": round(report["conversions"] / report["seconds"]),
             "records_per_second": round(report["records"] / report["seconds"]),
             "decisions_per_second": round(len(reactions) / report["seconds"]),

@@ -85,8 +85,8 @@ async def put_load(plugins: list[TimedPlugin], load: Load) -> None:
     """Every VM's share of it. The VMs take turns, and what the daemon sends comes in between."""
     end = time.monotonic() + load.seconds
     runs_per_second = load.conversions_per_second / load.run_pages
-    last = {plugin: time.monotonic() - random.random() / 50 for plugin in plugins}  # noqa: S311
-    owed = dict.fromkeys(plugins, 0.0)
+    last = dict.fromkeys(plugins, time.monotonic())
+    owed = {plugin: random.random() for plugin in plugins}  # noqa: S311 - guests keep no common time
     while time.monotonic() < end:
         for i, plugin in enumerate(plugins):
             now = time.monotonic()

@@ -74,7 +74,7 @@ class PluginExits:
 
     async def _check(self, records: Records) -> None:
         """Every range lies in a region that is, or has been, there."""
-        for region in np.unique(records["region"]).tolist():
+        for region in set(records["region"].tolist()):
             if region not in self._sizes:
                 known = self._sizes
                 await self.query()

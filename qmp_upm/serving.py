@@ -2,7 +2,7 @@
 """An attached VM: follow its conversions and do what its policy decides, until the link breaks.
 
 A turn of the loop begins when the plugin has something to say, the policy wants to be asked, the
-host has changed something, or the lease wants to be renewed; one read does that. A VM that does
+host has changed something, or the lease wants to be renewed, which a read does. A VM that does
 nothing costs one read every third of its lease.
 """
 
@@ -164,12 +164,16 @@ class Serving:
     def _wait_seconds(self) -> float:
         if not self._exits.drained:
             return 0.0
-        due = self._read_ns + int(self._guest.settings.lease / 3 * NSEC)
+        due = self._renewal_ns()
         if self._guest.policy.wake_at_ns is not None:
             due = min(due, self._guest.policy.wake_at_ns)
         if self._stale_counters:
             due = min(due, self._query_ns + int(REFRESH_SECONDS * NSEC))
         return max((due - self._guest.clock.monotonic_ns()) / NSEC, TURN_SECONDS)
+
+    def _renewal_ns(self) -> int:
+        """When the lease has to be renewed, by a read."""
+        return self._read_ns + int(self._guest.settings.lease / 3 * NSEC)
 
     async def _pace(self) -> None:
         """A peer that sends events without end gets no more turns than others."""
@@ -186,15 +190,29 @@ class Serving:
         if any(event.event == "X_UPM_LEASE_EXPIRED" for event in events):
             await self._on_lease_expired()
             stale = True
-        batch = await self._exits.read()
-        self._read_ns = self._guest.clock.monotonic_ns()
-        self._follow(batch)
+        batch = Batch()
+        if self._wants_read(events):
+            batch = await self._exits.read()
+            self._read_ns = self._guest.clock.monotonic_ns()
+            self._follow(batch)
         if stale or batch.dropped:
             await self._resynchronise()
         if self._wants_decision(batch):
             await self._decide(batch)
         await self._pump()
         await self._refresh()
+
+    def _wants_read(self, events: list[Event]) -> bool:
+        """Whether there is something to read, the lease to renew, or a decision to be made.
+
+        The end of a discard is none of these.
+        """
+        return (
+            any(event.event == "X_UPM_CONVERSIONS" for event in events)
+            or not self._exits.drained
+            or self._guest.clock.monotonic_ns() >= self._renewal_ns()
+            or self._wants_decision(Batch())
+        )
 
     def _wants_decision(self, batch: Batch) -> bool:
         wake_ns = self._guest.policy.wake_at_ns
