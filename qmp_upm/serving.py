@@ -17,7 +17,6 @@ from qmp_upm.events import HostEventName
 from qmp_upm.exits import PluginExits
 from qmp_upm.guest import Guest
 from qmp_upm.pages import PAGE_BYTES
-from qmp_upm.plugin import plugin_env
 from qmp_upm.policy import Batch, Discard
 from qmp_upm.protocol import COMMANDS, PROTOCOL, BudgetReached, Copy, Discarded, Event, Query
 from qmp_upm.qmp import Monitor
@@ -93,7 +92,7 @@ class Serving:
         if COMMANDS - await self._monitor.command_names():
             raise PluginMissingError(
                 "this QEMU runs without the plugin",
-                hint=f"start QEMU with {plugin_env()} ('qmp-upm plugin env' prints it)",
+                hint="start QEMU with the LD_PRELOAD= that 'qmp-upm plugin env' prints",
             )
         query = await self._exits.query()
         if query.protocol != PROTOCOL:

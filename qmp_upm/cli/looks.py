@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -232,6 +233,8 @@ async def follow(
             count,
         )
     else:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
         with Live(console=console, screen=True, auto_refresh=False) as live:
             await watch(
                 poll,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qemu.qmp import ExecuteError, QMPClient
+from qemu.qmp import ConnectError, ExecuteError, QMPClient
 
 from qmp_upm.plugin import plugin_path
 
@@ -58,10 +58,13 @@ async def connect(socket: Path) -> QMPClient:
     """A client, once QEMU listens."""
     client = QMPClient()
     async with asyncio.timeout(20):
-        while not socket.exists():  # noqa: ASYNC110, ASYNC240 - QEMU tells nobody when it listens
-            await asyncio.sleep(0.01)
-        await client.connect(str(socket))
-    return client
+        while True:
+            try:
+                await client.connect(str(socket))
+            except ConnectError:  # it has not made it, or does not listen on it yet
+                await asyncio.sleep(0.01)
+            else:
+                return client
 
 
 @needs_kvm

@@ -4,6 +4,11 @@
 import asyncio
 import io
 import json
+import os
+import pty
+import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,3 +154,25 @@ async def test_tables_for_scripts(server: ControlServer) -> None:
     [look] = [json.loads(line) for line in lines.splitlines()]
     assert [vm["name"] for vm in look] == ["db", "web"]
     assert look[0]["conversions"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_it_leaves_the_terminal_as_it_was(server: ControlServer, number: int) -> None:
+    """However it is ended, the screen from before comes back."""
+    terminal, inner = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(Path(sys.executable).with_name("qmp-upm"), "top", "--socket", server.path),
+        stdout=inner,
+        stderr=inner,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(inner)
+    shown = b""
+    async with asyncio.timeout(30):
+        while b"web" not in shown:
+            shown += await asyncio.to_thread(os.read, terminal, 1 << 16)
+        process.send_signal(number)
+        assert await process.wait() == 0
+    shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert shown.rpartition(b"\x1b[?1049h")[2].count(b"\x1b[?1049l") == 1
