@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """RESULTS.md, from results.json: the tables, how each figure was had, and what it doesn't show."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
-from benchmarks.results import Firmware, GuestRow, Machine, NativeRow, PricePoint, Results
+from benchmarks.results import Machine, NativeRow, PricePoint, Results
 from qmp_upm.units import format_size
 from tests.lab.rows import BUDGET
 
@@ -19,82 +20,55 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _guest(rows: list[GuestRow]) -> str:
-    head = (
-        "row",
-        "time / none",
-        "spread",
-        "time / stock",
-        "all on one processor / none",
-        "exits",
-        "faults",
-        "discards",
-        "reused",
-        "mean stale",
-        "peak",
-        "at the end",
-        "mean stale / none",
-        "host memory, mean",
-        "at the end",
-    )
-    return table(
-        head,
-        (
-            (
-                r.row,
-                f"{r.time_ratio_to_none:.3f}",
-                f"{r.spread:.3f}",
-                f"{r.time_ratio_to_stock:.3f}",
-                f"{r.cycles_ratio_to_none:.3f}",
-                f"{r.exits:,}",
-                f"{r.faults:,}",
-                f"{r.discards:,}",
-                format_size(r.reused_bytes),
-                format_size(r.mean_stale_bytes),
-                format_size(r.peak_stale_bytes),
-                format_size(r.end_stale_bytes),
-                f"{r.mean_stale_ratio_to_none:.3f}",
-                format_size(r.host_mean_bytes),
-                format_size(r.host_end_bytes),
-            )
-            for r in rows
-        ),
-    )
+Column = tuple[str, Callable[[Any], str]]
+
+_TIMES: tuple[Column, ...] = (
+    ("row", lambda r: r.row),
+    ("time / none", lambda r: f"{r.time_ratio_to_none:.3f}"),
+    ("spread", lambda r: f"{r.spread:.3f}"),
+    ("time / stock", lambda r: f"{r.time_ratio_to_stock:.3f}"),
+)
+_STALE: tuple[Column, ...] = (
+    ("mean stale", lambda r: format_size(r.mean_stale_bytes)),
+    ("peak", lambda r: format_size(r.peak_stale_bytes)),
+    ("at the end", lambda r: format_size(r.end_stale_bytes)),
+    ("mean stale / none", lambda r: f"{r.mean_stale_ratio_to_none:.3f}"),
+)
+_GUEST: tuple[Column, ...] = (
+    *_TIMES,
+    ("all on one processor / none", lambda r: f"{r.cycles_ratio_to_none:.3f}"),
+    ("exits", lambda r: f"{r.exits:,}"),
+    ("faults", lambda r: f"{r.faults:,}"),
+    ("discards", lambda r: f"{r.discards:,}"),
+    ("reused", lambda r: format_size(r.reused_bytes)),
+    *_STALE,
+    ("host memory, mean", lambda r: format_size(r.host_mean_bytes)),
+    ("at the end", lambda r: format_size(r.host_end_bytes)),
+)
+_NATIVE: tuple[Column, ...] = (
+    *_TIMES,
+    ("wall / none", lambda r: f"{r.wall_ratio_to_none:.3f}"),
+    ("boot, ms", lambda r: f"{r.boot_ms:.1f}"),
+    ("boot / none", lambda r: f"{r.boot_ratio_to_none:.2f}"),
+    *_STALE,
+)
+_FIRMWARE: tuple[Column, ...] = (
+    ("where", lambda f: f.where),
+    ("firmware", lambda f: f.firmware),
+    ("kernel", lambda f: f.kernel),
+    ("console reached", lambda f: ", ".join(f.reached) or "nothing"),
+    ("network", lambda f: "yes" if f.network else "no"),
+    ("conversions", lambda f: str(f.conversions)),
+    ("disk requests: firmware", lambda f: str(f.transactions_firmware)),
+    ("below 32 KiB", lambda f: str(f.below_32k)),
+    ("kernel", lambda f: str(f.transactions_kernel)),
+)
 
 
-def _native(rows: list[NativeRow]) -> str:
-    head = (
-        "row",
-        "time / none",
-        "spread",
-        "time / stock",
-        "wall / none",
-        "boot, ms",
-        "boot / none",
-        "mean stale",
-        "peak",
-        "at the end",
-        "mean stale / none",
-    )
-    return table(
-        head,
-        (
-            (
-                r.row,
-                f"{r.time_ratio_to_none:.3f}",
-                f"{r.spread:.3f}",
-                f"{r.time_ratio_to_stock:.3f}",
-                f"{r.wall_ratio_to_none:.3f}",
-                f"{r.boot_ms:.1f}",
-                f"{r.boot_ratio_to_none:.2f}",
-                format_size(r.mean_stale_bytes),
-                format_size(r.peak_stale_bytes),
-                format_size(r.end_stale_bytes),
-                f"{r.mean_stale_ratio_to_none:.3f}",
-            )
-            for r in rows
-        ),
-    )
+def _rows(columns: Sequence[Column], found: Sequence[object]) -> str:
+    if not found:
+        return NOT_RUN
+    return table([name for name, _ in columns], ([cell(r) for _, cell in columns] for r in found))
 
 
 def _flips(rows: list[NativeRow]) -> str:
@@ -111,37 +85,6 @@ def _flips(rows: list[NativeRow]) -> str:
     ):
         parts.append(table((title, *names), ((r.row, *map(cell, r.flips)) for r in rows)))
     return "\n".join(parts)
-
-
-def _firmware(found: list[Firmware]) -> str:
-    head = (
-        "where",
-        "firmware",
-        "kernel",
-        "console reached",
-        "network",
-        "conversions",
-        "disk requests: firmware",
-        "below 32 KiB",
-        "kernel",
-    )
-    return table(
-        head,
-        (
-            (
-                f.where,
-                f.firmware,
-                f.kernel,
-                ", ".join(f.reached) or "nothing",
-                "yes" if f.network else "no",
-                str(f.conversions),
-                str(f.transactions_firmware),
-                str(f.below_32k),
-                str(f.transactions_kernel),
-            )
-            for f in found
-        ),
-    )
 
 
 def _prices(points: list[PricePoint]) -> str:
@@ -205,10 +148,10 @@ def report(results: Results, plots: Sequence[str], windows: Mapping[str, object]
             "rounds": rounds,
             "machine": _machine(results.machine),
             "targets": _targets(results),
-            "guest": _guest(results.guest) if results.guest else NOT_RUN,
-            "native": _native(results.native) if results.native else NOT_RUN,
+            "guest": _rows(_GUEST, results.guest),
+            "native": _rows(_NATIVE, results.native),
             "flips": _flips(results.native) if results.native else "",
-            "firmware": _firmware(results.firmware) if results.firmware else NOT_RUN,
+            "firmware": _rows(_FIRMWARE, results.firmware),
             "prices": _prices(results.prices) if results.prices else NOT_RUN,
             "budget": format_size(BUDGET),
         }

@@ -51,19 +51,30 @@ def opened(pid: int) -> tuple[int, int]:
     return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
 
 
-class RealVm:
-    """A stock QEMU with the plugin. The daemon's monitor is ``folder/second``."""
+class _Vm:
+    """With two monitors in ``folder``: ``qmp`` of the test's own, and the daemon's."""
 
     monitor = "second"
+    pid: int
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.start()
 
     def start(self) -> None:
-        """A new QEMU."""
-        for name in ("qmp", "second"):
+        """A new one."""
+        for name in ("qmp", self.monitor):
             (self._folder / name).unlink(missing_ok=True)
+        self._begin()
+
+    def _begin(self) -> None:
+        raise NotImplementedError
+
+
+class RealVm(_Vm):
+    """A stock QEMU with the plugin."""
+
+    def _begin(self) -> None:
         self._guest = Guest(self._folder, *MEMFD, configuration={})
         self.pid = self._guest.process.pid
 
@@ -80,19 +91,10 @@ class RealVm:
         self._guest.close()
 
 
-class ForkedFakeVm:
-    """A fake VM in a process of its own, with the same two monitors."""
+class ForkedFakeVm(_Vm):
+    """A fake VM in a process of its own."""
 
-    monitor = "second"
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        """A new one."""
-        for name in ("qmp", "second"):
-            (self._folder / name).unlink(missing_ok=True)
+    def _begin(self) -> None:
         self._process = multiprocessing.get_context("fork").Process(
             target=_serve_fake, args=(self._folder,), daemon=True
         )
