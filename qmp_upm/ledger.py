@@ -2,10 +2,11 @@
 """The daemon's mirror of the plugin's ledger, with the age of each stale copy.
 
 Ages are layers, one for each batch, each with the pages that it converted in either direction: a
-page is as old as the newest layer that has it, and older layers are never searched for it nor
-cleaned of it. Neighbours are joined so that there are few; what is joined counts as the older of
-the two. So that this errs little, those are joined whose times differ least for their age: no age
-is overstated by more than a third on a guest that is watched for less than a day.
+page is as old as the newest layer that has it, and older layers are never searched for it. They are
+swept of it in time, one layer with each batch, so that all together stay near the size of what the
+guest has converted. Neighbours are joined so that there are few; what is joined counts as the older
+of the two. So that this errs little, those are joined whose times differ least for their age: no
+age is overstated by more than a third on a guest that is watched for less than a day.
 
 Invariants: a page is stale in one copy at most; each stale page is in a layer; layers are in order
 of time. The mirror may hold a page that the plugin has discarded since (it was asked to, and the
@@ -41,6 +42,8 @@ class _Layer:
     live: dict[Copy, PageSet]
     spent: set[Copy] = field(default_factory=set)
     """Copies of which no page is as old as this layer, nor will be again."""
+    swept: bool = True
+    """In this sweep, or too new for it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Ledger:
         self.budget_bytes = budget_bytes
         self._stale = no_sets()
         self._layers: list[_Layer] = []
+        self._newer = PageSet()
         self._front: dict[Copy, Cohort | None] = dict.fromkeys(Copy)
         self._live = no_sets()
         self._last, self._kept, self._back = Digest(), no_sets(), no_sets()
@@ -212,6 +216,7 @@ class Ledger:
             pages.drop_regions(gone)
 
     def _sets(self) -> Iterator[PageSet]:
+        yield self._newer
         yield from self._stale.values()
         yield from self._live.values()
         for layer in self._layers:
@@ -243,6 +248,21 @@ class Ledger:
         if len(self._layers) > LAYERS_MOST:
             self._join(now_ns)
         self._layers.append(_Layer(now_ns, live))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Take out of the next older layer what newer ones have; after the oldest, begin again."""
+        layer = next((layer for layer in reversed(self._layers) if not layer.swept), None)
+        if layer is None:
+            self._newer = PageSet()
+            for layer in self._layers:
+                layer.swept = False
+            return
+        for pages in layer.live.values():
+            pages.subtract(self._newer)
+        for pages in layer.live.values():
+            self._newer |= pages
+        layer.swept = True
 
     def _join(self, now_ns: int) -> None:
         """Join the two neighbours whose times differ least for their age."""
@@ -254,6 +274,7 @@ class Ledger:
         )
         newer, older = layers.pop(at + 1), layers[at]
         older.spent &= newer.spent
+        older.swept |= newer.swept
         for copy in Copy:
             older.live[copy] = older.live[copy].copy()
             older.live[copy] -= newer.live[copy.other]

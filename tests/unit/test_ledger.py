@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The mirror of the plugin's ledger, and the policies on it."""
 
+import random
 from collections import Counter
 from itertools import pairwise
 
@@ -253,3 +254,17 @@ def test_bad_policies_are_errors(name: str, parameters: dict[str, object], hint:
     with pytest.raises(ConfigError) as caught:
         make_policy(name, parameters)
     assert hint in caught.value.hint
+
+
+def test_memory_is_bounded_by_what_the_guest_converts() -> None:
+    """However often a guest converts the same pages, its layers do not keep them all."""
+    chance, window, now = random.Random(5), 1000, 0  # noqa: S311 - a test's chance is known
+    ledger, sizes = Ledger(1 << 30), []
+    for turn in range(6000):
+        now += int(NSEC * chance.random() ** 3)
+        count = chance.randint(1, 50)
+        row = record(chance.randrange(window - count), count, turn % 2 == 0, deferred=True)
+        ledger.apply(make_records([row]), now)
+        sets = (pages for layer in ledger._layers for pages in layer.live.values())
+        sizes.append(sum(pages.bytes for pages in sets))
+    assert max(sizes) < 4 * window * PAGE_BYTES
