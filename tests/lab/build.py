@@ -20,6 +20,7 @@ b=/bin/busybox
 $b mkdir -p /proc /dev /root
 $b mount -t proc proc /proc
 $b mount -t devtmpfs dev /dev
+$b ifconfig lo up
 $b mkdir -p /dev/shm
 $b mount -t tmpfs tmpfs /dev/shm
 $b mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=512000 host /root

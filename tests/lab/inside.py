@@ -16,6 +16,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 from qmp_upm.telemetry import read_totals
 from qmp_upm.units import parse_size
 from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
+from tests.lab.told import Told
 
 # At least, and for each conversion of several processors.
 GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.005
@@ -72,6 +73,7 @@ class Run:
         self.qemu_log = out / f"{scenario.name}.qemu.log"
         self.telemetry = out / f"{scenario.name}.jsonl"
         self.trace = out / f"{scenario.name}.trace"
+        self.told = Told(scenario.name, f"{work}/daemon.sock.control", self.daemon_log)
         self.max_stale = 0
         self.killed = False
 
@@ -243,12 +245,19 @@ class Run:
                     return allocated(file.fileno(), AREA, AREA + AREA_BYTES)
         raise RuntimeError("QEMU has no memfd")
 
+    def catch_up(self) -> None:
+        """Until the daemon has dealt with all that the guest has done."""
+        if not wait_until(lambda: self.told.is_done(self.query()), SETTLE_SECONDS):
+            raise RuntimeError(f"the daemon does not come to an end: {self.query()}")
+
     def settle(self) -> dict[str, Any]:
         """Until the ledger is empty, where it should become so, and telemetry has all."""
         if self.killed:
             time.sleep(LEASE_SECONDS)
         if self.killed or self.scenario.policy in ("lazy", "batched", "eager"):
             wait_until(lambda: not self.stale(), SETTLE_SECONDS)
+        if self.scenario.totals:
+            self.catch_up()
         final = self.query()
         made = sum(final["counters"][f"conversions-to-{c}"] for c in ("private", "shared"))
         if not self.killed:
@@ -258,10 +267,15 @@ class Run:
                 ),
                 SETTLE_SECONDS,
             )
+        if self.scenario.totals and not wait_until(
+            lambda: self.told.has_counted(final["counters"]), SETTLE_SECONDS
+        ):
+            raise RuntimeError("the daemon never has the plugin's counters")
         return final
 
     def stop_daemon(self) -> tuple[int, float]:
         """Exit code and processor seconds."""
+        self.told.close()
         if not self.killed:
             self.daemon.send_signal(signal.SIGTERM)
         _, status, usage = os.wait4(self.daemon.pid, 0)
@@ -285,6 +299,7 @@ class Run:
             "qemu_version": "{major}.{minor}.{micro}".format(**version),
             "plugin": s.plugin,
             "guest_conversions": guest["conversions"],
+            "guest": guest,
             "data_errors": guest["errors"],
             "guest_cycles": guest["cycles"],
             "shared_live_bytes": self.live_shared(guest),
@@ -292,6 +307,8 @@ class Run:
         }
         if s.plugin:
             result |= self._plugin_result(self.settle())
+        if s.totals:
+            result["told"] = self.told.everything()
         if s.record:
             self.stop_recording()
             result["trace_file"] = self.trace.name

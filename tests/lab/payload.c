@@ -39,7 +39,8 @@ extern char trampoline[], trampoline_end[];
 extern volatile uint32_t processors;
 
 static struct shadow shadow[AREA_PAGES];
-static volatile uint32_t go, finished, conversions, errors;
+static volatile uint32_t go, finished, errors;
+static volatile uint32_t conversions[2], converted_pages[2]; /* by the state that they led to */
 static uint32_t vcpus = 1, flips, seed = 1;
 static bool one_backing;              /* the same work on memory that is never converted */
 static char workload[16] = "flip";
@@ -84,6 +85,15 @@ static void put_number(uint64_t n)
         *--p = '0' + divide(&n);
     } while (n);
     put(p);
+}
+
+static void put_field(const char *name, uint64_t value)
+{
+    put("\"");
+    put(name);
+    put("\": ");
+    put_number(value);
+    put(", ");
 }
 
 static bool equal(const char *a, const char *b)
@@ -175,7 +185,8 @@ static void ask_host(uint32_t page, uint32_t pages, enum state to)
     if (result) {
         error();
     }
-    __sync_fetch_and_add(&conversions, 1);
+    __sync_fetch_and_add(&conversions[to], 1);
+    __sync_fetch_and_add(&converted_pages[to], pages);
 }
 
 static void convert(uint32_t page, uint32_t pages, enum state to)
@@ -422,15 +433,16 @@ void guest_main(const uint32_t *multiboot)
         __asm__ volatile("pause");
     }
     start = cycles() - start;
-    put("{\"conversions\": ");
-    put_number(conversions);
-    put(", \"errors\": ");
+    put("{");
+    put_field("conversions", conversions[PRIVATE] + conversions[SHARED]);
+    put_field("conversions_to_private", conversions[PRIVATE]);
+    put_field("conversions_to_shared", conversions[SHARED]);
+    put_field("bytes_to_private", (uint64_t)converted_pages[PRIVATE] * PAGE);
+    put_field("bytes_to_shared", (uint64_t)converted_pages[SHARED] * PAGE);
+    put_field("cycles", start);
+    put_field("live_shared_bytes", (uint64_t)live_shared(false) * PAGE);
+    put_field("mapped_shared_bytes", (uint64_t)live_shared(true) * PAGE);
+    put("\"errors\": ");
     put_number(errors);
-    put(", \"cycles\": ");
-    put_number(start);
-    put(", \"live_shared_bytes\": ");
-    put_number((uint64_t)live_shared(false) * PAGE);
-    put(", \"mapped_shared_bytes\": ");
-    put_number((uint64_t)live_shared(true) * PAGE);
     put("}\n");
 }

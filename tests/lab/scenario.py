@@ -23,7 +23,8 @@ class Scenario:
 
     ``backing`` "one": the guest does its work on memory that it never converts. ``counted``: in the
     lab, time is instructions executed by one processor, and idle time costs none; see machine.py.
-    ``record``: a trace. ``patience_seconds``: how long it may take.
+    ``record``: a trace. ``totals``: and what the daemon says of it. ``patience_seconds``: how long
+    it may take.
     """
 
     policy: str = "eager"
@@ -35,6 +36,7 @@ class Scenario:
     plugin: bool = True
     qemu_root: str = ""
     record: bool = False
+    totals: bool = False
     backing: str = "two"
     counted: bool = False
     patience_seconds: int = 600
@@ -59,7 +61,7 @@ class Scenario:
         }[self.policy]
         return (
             f'[telemetry]\ndirectory = "{directory}"\n[control]\nsocket = "{socket}.control"\n'
-            f'[metrics]\nlisten = ""\n'
+            f'[metrics]\nlisten = "127.0.0.1:0"\n'
             f'[vms.{self.name}]\nsocket = "{socket}"\nbudget = "{self.budget_text}"\n'
             f'lease = "{LEASE_SECONDS} s"\nnotify = "20 ms"\npolicy = {{ {policy} }}\n'
         )

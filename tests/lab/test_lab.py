@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Real conversions: every scenario runs in one boot of the lab, and each promise is a test."""
 
+import json
 import os
 import platform
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from qmp_upm.protocol import Copy
+from qmp_upm.telemetry import read_totals
 from tests.lab import machine
 from tests.lab.build import TARBALL
 from tests.lab.scenario import POLICIES, Scenario
@@ -24,7 +29,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCENARIOS = [
-    *(Scenario(policy=p, workload="ovmf", flips=2000, name=f"ovmf-{p}") for p in POLICIES),
+    *(
+        Scenario(policy=p, workload="ovmf", flips=2000, totals=p == "lazy", name=f"ovmf-{p}")
+        for p in POLICIES
+    ),
     *(
         Scenario(policy=p, workload="ovmf", flips=1000, budget="64 KiB", name=f"small-{p}")
         for p in ("lazy", "batched")
@@ -77,6 +85,71 @@ def test_every_conversion_is_seen(results: Results, name: str) -> None:
         counters["conversions-to-private"] + counters["conversions-to-shared"]
     )
     assert result["telemetry_discarded_bytes"] == result["requested_bytes"]
+
+
+def samples_of(metrics: str) -> dict[tuple[str, ...], float]:
+    """By name and labels but for the domain, these in the order of their names."""
+    return {
+        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k != "domain")): sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+    }
+
+
+def lines_of(result: dict[str, Any], event: str) -> list[dict[str, Any]]:
+    """The telemetry's lines of one kind."""
+    text = (Path(result["folder"]) / result["telemetry_file"]).read_text(encoding="utf-8")
+    return [line for line in map(json.loads, text.splitlines()) if line["event"] == event]
+
+
+def test_all_tell_the_same(results: Results) -> None:
+    """Control socket, CLI, metrics, telemetry and plugin say what the guest itself has counted."""
+    result = results["ovmf-lazy"]
+    guest, counters, told = result["guest"], result["counters"], result["told"]
+    views, samples = (told["control"], told["cli"]), samples_of(told["metrics"])
+    lines = read_totals(Path(result["folder"]) / result["telemetry_file"])
+    discards = lines_of(result, "discard")
+    for copy in Copy:
+        made, converted = guest[f"conversions_to_{copy}"], guest[f"bytes_to_{copy}"]
+        assert made > 0
+        assert counters[f"conversions-to-{copy}"] == made
+        assert samples["qmp_upm_conversions_total", copy] == made
+        assert [view["stats"]["conversions"][copy] for view in views] == [made, made]
+        assert counters[f"converted-bytes-to-{copy}"] == converted
+        assert samples["qmp_upm_converted_bytes_total", copy] == converted
+        assert [view["stats"]["converted_bytes"][copy] for view in views] == [converted] * 2
+        assert lines[f"to_{copy}_bytes"] == converted
+        given = counters[f"requested-bytes-{copy}"]
+        assert sum(line["discarded_bytes"] for line in discards if line["copy"] == copy) == given
+        for view in views:
+            assert sum(view["stats"]["discarded_bytes"][copy].values()) == given
+        assert given == sum(
+            value
+            for key, value in samples.items()
+            if key[:2] == ("qmp_upm_discarded_bytes_total", copy)
+        )
+        reused = counters[f"reused-bytes-{copy}"]
+        assert reused > 0
+        assert samples["qmp_upm_reused_bytes_total", copy] == reused
+        assert [view["stats"]["reused_bytes"][copy] for view in views] == [reused, reused]
+        assert samples["qmp_upm_stale_bytes", copy] == 0
+        assert [view["stale_bytes"][copy] for view in views] == [0, 0]
+    known = [name for name in counters if "-bytes" in name or "conversions" in name]
+    for view in views:
+        seen = view["stats"]["plugin_counters"]
+        assert [seen[name] for name in known] == [counters[name] for name in known]
+        assert view["stats"]["followed_conversions"] == guest["conversions"]
+    assert guest["conversions"] == sum(guest[f"conversions_to_{copy}"] for copy in Copy)
+    assert lines["conversions"] == guest["conversions"]
+    assert samples["qmp_upm_convert_duration_seconds_count",] == guest["conversions"]
+    assert result["requested_bytes"] == lines["discarded_bytes"] > 0
+    assert result["final_stale_bytes"] == 0
+    peak = result["peak_stale_bytes"]
+    assert samples["qmp_upm_peak_stale_bytes",] == peak > 0
+    assert [view["stats"]["peak_stale_bytes"] for view in views] == [peak, peak]
+    assert samples["qmp_upm_dropped_records_total",] == lines["dropped"] == 0
+    assert [view["stats"]["dropped_records"] for view in views] == [0, 0]
+    assert samples["qmp_upm_telemetry_lost_lines_total",] == lines["lost_lines"] == 0
 
 
 @pytest.mark.parametrize("name", WITH_PLUGIN)
