@@ -6,7 +6,7 @@ A run of stale pages is planned when it is left, and reconsidered when its time 
 - if something has come back to its granule, for the hold of least expected cost under the return
   times seen there (``skirental.cheapest_hold``);
 - if nothing has, for ``Bill.sure_hold``, a small part of what its discard costs. The first few are
-  held longer, to learn: TRIALS.
+  held longer, to learn, and more if they come back: TRIALS.
 
 What can be promised on any trace: a run that never comes back costs 1 + HEDGE times its optimum, or
 no more than 1 + √(P/D) where that is all one can know. A promise of 2 on every trace besides is
@@ -39,7 +39,8 @@ from qmp_upm.protocol import Copy
 from qmp_upm.units import NSEC, Seconds
 
 TRIALS = {Copy.PRIVATE: 20, Copy.SHARED: 1}
-"""Runs of each copy held until their rent is what their loss would cost. More of the private copy:
+"""Runs of each copy held until their rent is what their loss would cost, and lost: one that comes
+back has cost no more than the optimum, and another is held in its place. More of the private copy:
 RAM is private by default, and what a guest shares for a purpose tends to be taken back."""
 FIRST_BYTES = 8 << 20
 """Held until sizes of conversions are known, and beyond what is held where they are too big."""
@@ -143,7 +144,8 @@ class Adaptive(Policy):
         return min([*times, *(ns + age_ns for ns in oldest if ns is not None)], default=None)
 
     def _learn(self, batch: Batch, returns: Returns) -> None:
-        self._times.learn(returns)
+        for copy, kept in self._times.learn(returns).items():
+            self._trials[copy] = min(self._trials[copy] + kept, TRIALS[copy])
         records = batch.records
         self._credit_s += CREDIT * self._prices.conversion * float(records["count"].sum())
         at_once = records["size"][records["deferred"] == 0] // PAGE_BYTES

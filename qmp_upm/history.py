@@ -55,24 +55,35 @@ class ReturnTimes:
             found[mine] = rows[granule[mine]]
         return found
 
-    def learn(self, returns: Returns) -> None:
-        """Take in what came back."""
-        for copy in Copy:
-            self._learn(copy, returns[returns["private"] == (copy is Copy.PRIVATE)])
+    def learn(self, returns: Returns) -> dict[Copy, int]:
+        """Take in what came back.
 
-    def _learn(self, copy: Copy, returns: Returns) -> None:
-        if not len(returns):
-            return
+        Of each copy: how many granules had never seen a return before, and now see one that was
+        kept until then.
+        """
+        return {
+            copy: self._learn(copy, returns[returns["private"] == (copy is Copy.PRIVATE)])
+            for copy in Copy
+        }
+
+    def _learn(self, copy: Copy, returns: Returns) -> int:
         runs = Runs(*(returns[name].astype(np.int64) for name in ("region", "first", "pages")))
-        keys = np.unique(runs.region << _REGION_SHIFT | runs.first >> GRANULE_SHIFT)
-        if len(keys) >= ROWS_MOST // 2:
-            return  # nothing can be told apart in so many at once
-        self._make_rows(copy, keys)
-        at = self.rows(copy, runs), bucket_of(returns["away_ns"] / NSEC)
-        np.add.at(self.counts, at, np.minimum(returns["weight"], FADE_ABOVE))
-        faded = np.unique(at[0])
+        rows, kept = self.rows(copy, runs), 0
+        if not rows.all():
+            granules = runs.region << _REGION_SHIFT | runs.first >> GRANULE_SHIFT
+            keys = np.unique(granules)
+            if len(keys) >= ROWS_MOST // 2:
+                return 0  # nothing can be told apart in so many at once
+            kept = len(np.unique(granules[(rows == 0) & (returns["kept"] == 1)]))
+            self._make_rows(copy, keys)
+            rows = self.rows(copy, runs)
+        bucket = bucket_of(returns["away_ns"] / NSEC)
+        np.add.at(self.counts, (rows, bucket), np.minimum(returns["weight"], FADE_ABOVE))
+        self.counts[0] = 0  # of granules that were given up while others were entered
+        faded = np.unique(rows)
         while len(faded := faded[self.counts[faded].sum(axis=1) > FADE_ABOVE]):
             self.counts[faded] /= 2
+        return kept
 
     def _make_rows(self, copy: Copy, keys: Ints) -> None:
         for region in np.unique(keys >> _REGION_SHIFT).tolist():

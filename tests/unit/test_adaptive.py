@@ -13,7 +13,7 @@ from qmp_upm.digest import RETURN, Returns
 from qmp_upm.errors import ConfigError
 from qmp_upm.history import BUCKETS, EDGES_S, FADE_ABOVE, ROWS_MOST, ReturnTimes, bucket_of
 from qmp_upm.ledger import Ledger
-from qmp_upm.pages import PAGE_BYTES, Runs
+from qmp_upm.pages import PAGE_BYTES, Range, Runs
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, make_policy
 from qmp_upm.prices import Prices
 from qmp_upm.protocol import Copy
@@ -131,6 +131,22 @@ def until_empty(policy: Policy, ledger: Ledger, decision: Decision) -> list[str]
             assert decision.wake_at_ns is not None
             decision = policy.decide(Batch(), ledger, decision.wake_at_ns, Pressure())
     return reasons
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_trial_that_comes_back_is_not_spent(*, back: bool) -> None:
+    """The one shared copy that is held to learn: the next is, too, if that was worth it."""
+    policy, ledger = make_policy("adaptive", {"prices": PRICES}), Ledger(1 << 40)
+    rows = [(0, 1, 0, 2000)] if back else []
+    for records, ms in (
+        (records_of((0, 1, 1, 0)), 0),
+        (records_of(*rows, (512, 1, 1, 2000)), 2000),
+        (make_records(), 10_000),
+    ):
+        ledger.apply(records, ms * NSEC // 1000)
+        decision = policy.decide(Batch(records), ledger, ms * NSEC // 1000, Pressure())
+    gone = [(discard.copy, list(discard.pages.ranges())) for discard in decision.discards]
+    assert gone == ([] if back else [(Copy.SHARED, [Range(1, 512 * PAGE_BYTES, PAGE_BYTES)])])
 
 
 @pytest.mark.parametrize("dropped", [0, 1])

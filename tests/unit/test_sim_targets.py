@@ -44,8 +44,11 @@ def test_adaptive_spends_and_holds_little_on_ovmf() -> None:
 
 
 def test_adaptive_is_competitive_on_random_traces() -> None:
-    """At most twice the optimum on each; `python -m benchmarks.policies --random 1000` has more."""
-    for seed in range(12):
+    """At most twice the optimum on each; `python -m benchmarks.policies --random 1000` has more.
+
+    332 has a long run that is lost, if small ones before it that came back were trials enough.
+    """
+    for seed in (*range(24), 332):
         timeline = Timeline(random_trace(np.random.default_rng(seed)), END_NS)
         for run in runs_of(timeline, ADAPTIVE):
             assert run.ratio_to_optimum is not None
