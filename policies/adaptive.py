@@ -32,7 +32,7 @@ from qmp_upm import policy
 from qmp_upm.digest import Returns
 from qmp_upm.errors import ConfigError
 from qmp_upm.history import EDGES_S, Floats, ReturnTimes
-from qmp_upm.pages import PAGE_BYTES, Ints, PageSet, Runs
+from qmp_upm.pages import PAGE_BYTES, Ints, PageSet, Runs, distinct
 from qmp_upm.policy import Batch, Decision, Discard, LedgerView, Policy, Pressure
 from qmp_upm.prices import Prices, load_prices
 from qmp_upm.protocol import Copy
@@ -128,7 +128,7 @@ class Adaptive(Policy):
         self._begun = True
         self._queues.clear()
         for copy in Copy:
-            self._plan(copy, ledger.stale(copy), now_ns)
+            self._plan(copy, ledger.stale(copy).runs(), now_ns)
 
     def _too_old(self, ledger: LedgerView, now_ns: int) -> list[Discard]:
         """Whatever got into the ledger unseen, by a resynchronisation, goes by age."""
@@ -180,18 +180,18 @@ class Adaptive(Policy):
         if len(known):
             # Of runs of one granule and about one size, one is worked out.
             size = np.round(2 * np.log2(runs.pages[known])).astype(np.int64)
-            _, one, each = np.unique(
-                rows[known] << 8 | size, return_index=True, return_inverse=True
-            )
-            at = known[one]
+            kind = rows[known] << 8 | size
+            kinds = distinct(kind)
+            each = np.searchsorted(kinds, kind)
+            at = np.empty_like(kinds)
+            at[each] = known
             part = Bill(bill.drop[at], bill.full[at], bill.rent[at])
             hold[known] = cheapest_hold(self._times.counts[rows[at]].astype(float), part)[each]
         return hold, rows
 
-    def _plan(self, copy: Copy, pages: PageSet, now_ns: int) -> None:
-        if not pages:
+    def _plan(self, copy: Copy, runs: Runs, now_ns: int) -> None:
+        if not len(runs.pages):
             return
-        runs = pages.runs()
         bill = Bill.of(self._prices, runs.pages)
         hold, rows = self._holds(copy, runs, bill)
         if self._trials[copy]:
@@ -204,7 +204,7 @@ class Adaptive(Policy):
 
     def _wait(self, copy: Copy, runs: Runs, hold: Floats, since_ns: int) -> None:
         bucket = self._bucket(hold)
-        for k in np.unique(bucket).tolist():
+        for k in distinct(bucket).tolist():
             queue = self._queues.setdefault((copy, k), deque())
             pages = _pick(runs, bucket == k)
             if queue and since_ns - queue[-1].first_ns <= _hold_ns(k) // JOIN:
@@ -216,11 +216,14 @@ class Adaptive(Policy):
     def _due(self, ledger: LedgerView, now_ns: int) -> list[Discard]:
         discards = []
         for (copy, k), queue in sorted(self._queues.items(), key=lambda item: item[0][1]):
-            due, since_ns = PageSet(), now_ns - _hold_ns(k)
+            since_ns = now_ns - _hold_ns(k)
+            if not queue or queue[0].last_ns > since_ns:
+                continue
+            due = queue.popleft().pages
             while queue and queue[0].last_ns <= since_ns:
                 due |= queue.popleft().pages
             # Pages that came back meanwhile are not stale, or not for so long.
-            if due and (pages := ledger.older_than(copy, since_ns, due)):
+            if pages := ledger.older_than(copy, since_ns, due):
                 go = self._let_go(copy, k, pages, since_ns)
                 if go:
                     discards.append(Discard(copy, go, "learnt" if k >= 0 else "at-once"))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qmp_upm.digest import Returns
-from qmp_upm.pages import Ints, Runs
+from qmp_upm.pages import Ints, Runs, distinct
 from qmp_upm.protocol import Copy
 from qmp_upm.units import NSEC
 
@@ -43,7 +43,6 @@ class ReturnTimes:
         """By row and bucket. Row 0 has nothing."""
         self._used = 1
         self._rows: dict[tuple[Copy, int], NDArray[np.uint16]] = {}
-        self._owners: list[tuple[tuple[Copy, int], int]] = [((Copy.PRIVATE, 0), 0)]
 
     def rows(self, copy: Copy, runs: Runs) -> Ints:
         """For each run of stale copies the row of its first granule, 0 if it has none."""
@@ -71,22 +70,22 @@ class ReturnTimes:
         rows, kept = self.rows(copy, runs), 0
         if not rows.all():
             granules = runs.region << _REGION_SHIFT | runs.first >> GRANULE_SHIFT
-            keys = np.unique(granules)
+            keys = distinct(granules)
             if len(keys) >= ROWS_MOST // 2:
                 return 0  # nothing can be told apart in so many at once
-            kept = len(np.unique(granules[(rows == 0) & (returns["kept"] == 1)]))
+            kept = len(distinct(granules[(rows == 0) & (returns["kept"] == 1)]))
             self._make_rows(copy, keys)
             rows = self.rows(copy, runs)
         bucket = bucket_of(returns["away_ns"] / NSEC)
         np.add.at(self.counts, (rows, bucket), np.minimum(returns["weight"], FADE_ABOVE))
         self.counts[0] = 0  # of granules that were given up while others were entered
-        faded = np.unique(rows)
+        faded = distinct(rows)
         while len(faded := faded[self.counts[faded].sum(axis=1) > FADE_ABOVE]):
             self.counts[faded] /= 2
         return kept
 
     def _make_rows(self, copy: Copy, keys: Ints) -> None:
-        for region in np.unique(keys >> _REGION_SHIFT).tolist():
+        for region in distinct(keys >> _REGION_SHIFT).tolist():
             granules = keys[keys >> _REGION_SHIFT == region] & ((1 << _REGION_SHIFT) - 1)
             rows = self._grown((copy, region), int(granules.max()) + 1)
             new = granules[rows[granules] == 0]
@@ -95,7 +94,6 @@ class ReturnTimes:
                 rows = self._rows[copy, region]
                 new = granules[rows[granules] == 0]
             rows[new] = np.arange(self._used, self._used + len(new))
-            self._owners += [((copy, region), granule) for granule in new.tolist()]
             self._used += len(new)
 
     def _grown(self, key: tuple[Copy, int], granules: int) -> NDArray[np.uint16]:
@@ -110,11 +108,11 @@ class ReturnTimes:
         """Keep the half of the rows that has seen most, in their order."""
         seen = self.counts[: self._used].sum(axis=1)
         keep = np.sort(np.argsort(seen[1:], kind="stable")[len(seen) // 2 :] + 1)
-        for key, granule in self._owners[1:]:
-            self._rows[key][granule] = 0
-        self._owners = [self._owners[0], *(self._owners[row] for row in keep.tolist())]
-        for row, (key, granule) in enumerate(self._owners[1:], start=1):
-            self._rows[key][granule] = row
+        renumbered = np.zeros(ROWS_MOST, dtype=np.uint16)
+        renumbered[keep] = np.arange(1, len(keep) + 1)
+        for rows in self._rows.values():
+            known = np.flatnonzero(rows)
+            rows[known] = renumbered[rows[known]]
         self.counts[1 : len(keep) + 1] = self.counts[keep]
         self.counts[len(keep) + 1 :] = 0
         self._used = len(keep) + 1

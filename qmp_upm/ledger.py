@@ -84,9 +84,9 @@ class Ledger:
         """A set of its own with the stale pages of one copy."""
         return self._stale[copy].copy()
 
-    def entered(self, copy: Copy) -> PageSet:
-        """A set of its own with the pages of this copy that the last batch left stale."""
-        return self._last.entered[copy].copy()
+    def entered(self, copy: Copy) -> Runs:
+        """What the last batch left stale of this copy, as merged runs in order."""
+        return self._last.entered[copy].runs()
 
     def bytes_of(self, copy: Copy) -> int:
         """Bytes of one copy."""
@@ -146,7 +146,8 @@ class Ledger:
         step = -(-len(self._last.returns) // SAMPLED_RETURNS) or 1
         within = self._last.returns[::step].copy()
         within["weight"] *= step
-        return np.concatenate((within, *map(self._came_back, Copy)))
+        between = [self._came_back(copy) for copy in Copy if self._back[copy]]
+        return np.concatenate((within, *between))
 
     def _came_back(self, copy: Copy) -> Returns:
         """Runs that came back to a copy, each as old as its first page, and kept if that was."""
@@ -276,7 +277,6 @@ class Ledger:
         older.spent &= newer.spent
         older.swept |= newer.swept
         for copy in Copy:
-            older.live[copy] = older.live[copy].copy()
             older.live[copy] -= newer.live[copy.other]
             older.live[copy] |= newer.live[copy]
 

@@ -12,6 +12,8 @@ from pyroaring import BitMap
 PAGE_BYTES = 4096
 LONG_PAGES = 64
 """From here on a run goes into a bitmap as a range; shorter ones go page by page, all at once."""
+FEW_PAGES = 1 << 16
+"""Up to so many pages runs are found among their numbers, in more among the bits."""
 
 Ints = NDArray[np.int64]
 
@@ -32,6 +34,13 @@ class Runs(NamedTuple):
     pages: Ints
 
 
+def distinct(values: Ints) -> Ints:
+    """These values in order, each once. ``np.unique`` loads a module first, and then is slower."""
+    ordered = np.sort(values)
+    found: Ints = ordered[np.append([True], ordered[1:] != ordered[:-1])[: len(ordered)]]
+    return found
+
+
 def _from_runs(first: Ints, pages: Ints) -> BitMap:
     """A bitmap of runs in any order; they may overlap."""
     long = pages >= LONG_PAGES
@@ -49,7 +58,13 @@ def _from_runs(first: Ints, pages: Ints) -> BitMap:
 
 
 def _to_runs(bitmap: BitMap) -> tuple[Ints, Ints]:
-    """First page and number of pages of each run, from the bits that have no neighbour."""
+    """First page and number of pages of each run."""
+    if len(bitmap) <= FEW_PAGES:
+        numbers = np.frombuffer(bitmap.to_array(), dtype=np.uint32).astype(np.int64)
+        after = np.flatnonzero(numbers[1:] != numbers[:-1] + 1) + 1
+        bounds = np.concatenate(([0], after, [len(numbers)]))
+        return numbers[bounds[:-1]], bounds[1:] - bounds[:-1]
+    # Runs begin and end at the bits that have no neighbour.
     firsts = np.frombuffer((bitmap - bitmap.shift(1)).to_array(), dtype=np.uint32)
     lasts = np.frombuffer((bitmap - bitmap.shift(-1)).to_array(), dtype=np.uint32)
     return firsts.astype(np.int64), lasts.astype(np.int64) - firsts + 1
@@ -78,7 +93,7 @@ class PageSet:
         if (runs.region == region).all():
             return cls({region: _from_runs(runs.first, runs.pages)})
         parts = {}
-        for region in np.unique(runs.region).tolist():
+        for region in distinct(runs.region).tolist():
             own = runs.region == region
             parts[region] = _from_runs(runs.first[own], runs.pages[own])
         return cls(parts)
@@ -125,7 +140,7 @@ class PageSet:
 
     def runs(self) -> Runs:
         """The set as merged runs, in order of region and first page."""
-        parts = [(region, *_to_runs(self._regions[region])) for region in sorted(self._regions)]
+        parts = [(r, *_to_runs(pages)) for r, pages in sorted(self._regions.items()) if pages]
         if not parts:
             return Runs(*(np.empty(0, dtype=np.int64) for _ in range(3)))
         return Runs(

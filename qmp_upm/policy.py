@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qmp_upm.digest import Returns
 from qmp_upm.errors import ConfigError, PolicyError
-from qmp_upm.pages import PageSet
+from qmp_upm.pages import PageSet, Runs
 from qmp_upm.protocol import Copy
 from qmp_upm.records import Record, Records, make_records
 
@@ -42,8 +42,8 @@ class LedgerView(Protocol):
     def stale(self, copy: Copy) -> PageSet:
         """The stale pages of one copy."""
 
-    def entered(self, copy: Copy) -> PageSet:
-        """Pages of one copy that the last batch left stale."""
+    def entered(self, copy: Copy) -> Runs:
+        """Of one copy, what the last batch left stale: merged runs, in order."""
 
     def returns(self) -> Returns:
         """Runs that flipped back in the last batch, and after how long: rows of RETURN.

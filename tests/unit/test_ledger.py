@@ -162,11 +162,13 @@ def test_gone_regions_are_forgotten() -> None:
     assert ledger._regions() == {2}
 
 
-@given(st.sets(st.integers(0, 200)))
-def test_page_set_gives_merged_runs(pages: set[int]) -> None:
-    """Runs are disjoint, in order, not adjacent, and cover the set."""
+@given(st.sets(st.integers(0, 200)), st.sampled_from([0, 200]))
+def test_page_set_gives_merged_runs(pages: set[int], few_pages: int) -> None:
+    """Runs are disjoint, in order, not adjacent, and cover the set, be it small or large."""
     made = PageSet.of(*(Range(1, page * PAGE_BYTES, PAGE_BYTES) for page in pages))
-    ranges = list(made.ranges())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qmp_upm.pages.FEW_PAGES", few_pages)
+        ranges = list(made.ranges())
     assert page_numbers(made) == pages
     assert all(a.offset + a.size < b.offset for a, b in pairwise(ranges))
 
