@@ -1,16 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qmp-upm`` whose asyncio tasks are counted: ``python -m benchmarks.counted FILE ARGUMENTS``.
+"""``qmp-upm`` that tells what it holds: ``python -m benchmarks.counted FILE ARGUMENTS``.
 
-Every second a thread writes the number of tasks of the daemon's event loop into FILE.
+Every second a thread writes into FILE, as JSON, the number of tasks of the daemon's event loop, the
+MiB of its heap that are in use, and the thousands of Python objects. What the process has beyond
+these is free memory that the allocators keep.
 """
 
 import asyncio
+import ctypes
+import json
 import sys
 import threading
 import time
 from pathlib import Path
 
 from qmp_upm.cli import app
+
+
+class _Heap(ctypes.Structure):
+    """struct mallinfo2, mallinfo(3)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
 
 
 class _NotingPolicy(asyncio.DefaultEventLoopPolicy):
@@ -25,10 +41,21 @@ class _NotingPolicy(asyncio.DefaultEventLoopPolicy):
 
 
 def _count(policy: _NotingPolicy, file: Path) -> None:
+    heap = ctypes.CDLL("libc.so.6").mallinfo2
+    heap.restype = _Heap
     while True:
         time.sleep(1)
-        if policy.loop is not None:
-            file.write_text(str(len(asyncio.all_tasks(policy.loop))))
+        if policy.loop is None:
+            continue
+        now = heap()
+        counts = {
+            "tasks": len(asyncio.all_tasks(policy.loop)),
+            "heap_mib": (now.uordblks + now.hblkhd) / (1 << 20),
+            "kilo_objects": sys.getallocatedblocks() / 1000,
+        }
+        written = file.with_suffix(".new")
+        written.write_text(json.dumps(counts))
+        written.rename(file)
 
 
 def main() -> None:

@@ -89,19 +89,25 @@ class Daemon:
 
 @contextlib.asynccontextmanager
 async def daemon(
-    folder: Path, vms: int, policy: str, notify_ms: int, *, more: int = 0, tasks: Path | None = None
+    folder: Path,
+    vms: int,
+    policy: str,
+    notify_ms: int,
+    *,
+    more: int = 0,
+    counts: Path | None = None,
 ) -> AsyncIterator[Daemon]:
     """``qmp-upm run`` with these VMs, all attached, and ``more`` that need not be there yet.
 
-    With ``tasks`` the number of its asyncio tasks is written to that file.
+    With ``counts`` it writes into that file what `benchmarks.counted` tells.
     """
     config = CONFIG.format(folder=folder, policy=policy, notify_ms=notify_ms)
     for i in range(vms + more):
         config += f'[vms.vm-{i:03}]\nsocket = "{folder}/vm-{i:03}.monitor"\n'
     (folder / "config.toml").write_text(config)
     program = [str(Path(sys.executable).with_name("qmp-upm"))]
-    if tasks is not None:
-        program = [sys.executable, "-m", "benchmarks.counted", str(tasks)]
+    if counts is not None:
+        program = [sys.executable, "-m", "benchmarks.counted", str(counts)]
     process = await asyncio.create_subprocess_exec(
         *(*program, "run", "--config", str(folder / "config.toml")),
         stderr=asyncio.subprocess.PIPE,

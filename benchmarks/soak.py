@@ -2,9 +2,9 @@
 """Three minutes of mixed load on a real clock: ``python -m benchmarks.soak [--json]``.
 
 64 fake VMs convert in long runs, rest, convert single pages, and convert much; 16 more do so, too,
-and are killed and started again after each round. Resident memory, files, threads and asyncio tasks
-of the daemon's process are sampled at the end of each round, when all VMs are attached; the growth
-is from the most of the first third to the most of the last.
+and are killed and started again after each round. Resident memory, files, threads and what
+`benchmarks.counted` tells of the daemon's process are sampled at the end of each round, when all
+VMs are attached; the growth is from the most of the first third to the most of the last.
 """
 
 import argparse
@@ -32,30 +32,30 @@ SETTLE_SECONDS = 8.0
 """Until those that were started again are attached."""
 
 
-def sample(under: Daemon, tasks: Path) -> dict[str, float]:
+def sample(under: Daemon, counts: Path) -> dict[str, float]:
     """Of the daemon's process."""
     return {
         "resident_mib": under.resident_mib(),
         "files": under.open_files(),
         "threads": under.threads(),
-        "tasks": int(tasks.read_text()),
+        **json.loads(counts.read_text()),
     }
 
 
 async def soak(folder: Path, seconds: float) -> dict[str, Any]:
     """Rounds until the time is over."""
     samples: list[dict[str, float]] = []
-    tasks = folder / "tasks"
+    counts = folder / "counts"
     vms = STEADY + RESTARTED
     async with fakes(folder, 0, STEADY) as steady:
         end = time.monotonic() + seconds
-        async with daemon(folder, STEADY, POLICY, 20, more=RESTARTED, tasks=tasks) as under:
+        async with daemon(folder, STEADY, POLICY, 20, more=RESTARTED, counts=counts) as under:
             while time.monotonic() < end:
                 async with fakes(folder, STEADY, RESTARTED) as restarted:
                     await asyncio.sleep(SETTLE_SECONDS)
                     for load in ROUND:
                         await asyncio.gather(steady.load(load), restarted.load(load))
-                    samples.append(sample(under, tasks))
+                    samples.append(sample(under, counts))
             cpu = under.cpu_seconds()
     third = max(1, len(samples) // 3)
     growth = {
