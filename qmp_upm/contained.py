@@ -2,57 +2,61 @@
 """A policy in its place: whatever it raises, returns or takes hurts its own VM only.
 
 A policy is anybody's code and runs in the event loop of all VMs. One that raises, returns what is
-no decision, or does not return is replaced by ``eager`` for its VM, and the reason kept.
+no decision, or does not return is replaced by ``eager`` for its VM, and the reason kept. The same
+goes for it in the simulator, with virtual time for the clock.
 """
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
 from qmp_upm.clock import Clock
-from qmp_upm.config import PolicyTable
 from qmp_upm.errors import PolicyError
 from qmp_upm.ledger import Ledger
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
 from qmp_upm.stats import VmStats
 
 DECIDE_SECONDS = 1.0
-"""The longest that a decision may take; it should take a thousandth of that."""
-AGAIN_SECONDS = 1.0
-"""Until a policy that catches everything is interrupted once more."""
+"""The most processor time that a decision may take; it should take a thousandth of that."""
+TICK_SECONDS = 0.1
+"""How often, in real time, a policy that has not decided yet is looked at."""
+TICKS_MOST = 30
+"""The most ticks that a decision may live through, working or asleep.
+
+They are no measure of time to a daemon that isn't let run: however many it misses, it gets one.
+"""
 
 Result = TypeVar("Result")
 
 
 class ContainedPolicy:
-    """The policy of one VM, as ``table`` names it. ``fallen_back``: why it no longer decides."""
+    """The policy of one VM. ``fallen_back``: why it no longer decides."""
 
-    def __init__(self, table: PolicyTable, stats: VmStats, clock: Clock) -> None:
-        self.table = table
+    def __init__(self, policy: Policy, stats: VmStats, clock: Clock) -> None:
         self.fallen_back: str | None = None
         self.wake_at_ns: int | None = None
-        self._policy = table.make()
+        self._policy = policy
         self.stats = stats
         self._clock = clock
 
-    def swap(self, table: PolicyTable) -> None:
+    def swap(self, name: str, policy: Policy) -> None:
         """Another policy from now on, which may ask the one before for what it has learnt.
 
-        ConfigError if it can't be made, PolicyError if it can't take over: the old one stays.
+        PolicyError, with ``name``, if it can't take over: the old one stays.
         """
-        policy = table.make()
         try:
             with _time_limit():
                 policy.swapped(self._policy)
         except Exception as error:
             raise PolicyError(
-                f"the policy {table.name!r} can't take over: {error!r}",
+                f"the policy {name!r} can't take over: {error!r}",
                 hint="tell the policy's author; the one before goes on",
             ) from error
-        self.table, self._policy = table, policy
+        self._policy = policy
         self.fallen_back = self.wake_at_ns = None
 
     def attached(self, ledger: Ledger) -> None:
@@ -88,29 +92,29 @@ class ContainedPolicy:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """PolicyError in what runs for longer than DECIDE_SECONDS.
+    """PolicyError in what takes longer than DECIDE_SECONDS, or lives through TICKS_MOST.
 
     Only Python's main thread can be interrupted, and only between two of its instructions.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    over = False
+    over, ticks, begun = False, 0, time.thread_time()
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        if not over:
-            raise PolicyError(
-                f"the policy did not decide within {DECIDE_SECONDS:.0f} s",
-                hint="tell the policy's author",
-            )
+    def tick(_number: int, _frame: FrameType | None) -> None:
+        nonlocal ticks
+        ticks += 1
+        late = ticks >= TICKS_MOST or time.thread_time() - begun >= DECIDE_SECONDS
+        if late and not over:
+            raise PolicyError("the policy did not decide in time", hint="tell the policy's author")
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, DECIDE_SECONDS, AGAIN_SECONDS)
+    before = signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
     try:
         try:
             yield
         finally:
-            over = True  # an alarm from here on would hit the event loop
+            over = True  # a tick from here on would hit the event loop
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -136,12 +136,14 @@ def _parts(records: Records) -> Iterator[tuple[Records, _Cut]]:
     pages = records["size"] // PAGE_BYTES
     first = (records["region"].astype(np.int64) << REGION_SHIFT) + records["offset"] // PAGE_BYTES
     order = np.argsort(first)
-    if (first[order[1:]] >= (first + pages)[order[:-1]]).all():
-        yield records, _Cut(order, np.arange(len(order)), first[order], pages[order])
+    begins, ends = first[order], (first + pages)[order]
+    if (begins[1:] >= ends[:-1]).all():
+        yield records, _Cut(order, np.arange(len(order)), begins, pages[order])
         return
-    points = distinct(np.concatenate((first, first + pages)))
-    low = np.searchsorted(points, first)
-    spans = np.searchsorted(points, first + pages) - low
+    points = distinct(np.concatenate((begins, ends)))
+    low, spans = np.empty_like(order), np.empty_like(order)
+    low[order] = np.searchsorted(points, begins)  # in order they are found several times as fast
+    spans[order] = np.searchsorted(points, ends) - low[order]
     if int(spans.sum()) <= max(OVERLAP_MOST, 4 * len(records)):
         yield records, _cut(points, low, spans)
         return

@@ -48,7 +48,9 @@ class Guest:
         self.telemetry = admission.telemetry
         self.totals = admission.totals
         self.stats = self.totals.stats
-        self.policy = ContainedPolicy(self.settings.policy, self.stats, clock)
+        self.table = self.settings.policy
+        """Which policy, and with which parameters."""
+        self.policy = ContainedPolicy(self.table.make(), self.stats, clock)
         self.batches: Publisher[Block] = Publisher(BOUNDS)
         self.pressure = Pressure()
         self.chosen_policy: PolicyTable | None = None
@@ -99,7 +101,8 @@ class Guest:
 
     def swap(self, table: PolicyTable) -> None:
         """Another policy over the same ledger. ConfigError or PolicyError: the one before stays."""
-        self.policy.swap(table)
+        self.policy.swap(table.name, table.make())
+        self.table = table
         parameters = table.parameters
         log.info("policy-changed", vm=self.name, policy=table.name, parameters=parameters)
         self.telemetry.line("policy", policy=table.name, parameters=parameters)
@@ -176,7 +179,7 @@ class Guest:
         return decision
 
     def _say_fallback(self, error: str) -> None:
-        policy = self.policy.table.name
+        policy = self.table.name
         log.error(
             "fallback",
             vm=self.name,

@@ -25,10 +25,10 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, BinaryIO, Literal, Self
+from typing import Annotated, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -74,20 +74,27 @@ class Block:
     now_ns: int
 
 
+class Read(NamedTuple):
+    """When a batch was read, up to which of the trace's records, and how many were lost before."""
+
+    end: int
+    now_ns: int
+    dropped: int
+
+
 @dataclass(frozen=True)
 class Trace:
-    """A whole trace. ``ends[i]`` records had been read by ``times_ns[i]``, where block i ended.
-
-    ``torn_bytes``: of a last block that was not whole. Without ``ends`` (a generated trace) the
-    simulator reads when the daemon would have.
-    """
+    """A whole trace. ``torn_bytes``: of a last block that was not whole."""
 
     header: Header
     records: Records
-    dropped: int = 0
+    reads: tuple[Read, ...]
     torn_bytes: int = 0
-    ends: tuple[int, ...] = ()
-    times_ns: tuple[int, ...] = field(default=())
+
+    @property
+    def dropped(self) -> int:
+        """Records lost when it was recorded."""
+        return sum(read.dropped for read in self.reads)
 
 
 class TraceWriter:
@@ -270,9 +277,8 @@ def read_trace(path: Path, records_most: int = RECORDS_MOST) -> Trace:
     with file:
         reader = TraceReader(file, str(path))
         parts: list[Records] = []
-        ends: list[int] = []
-        times: list[int] = []
-        total = dropped = 0
+        reads: list[Read] = []
+        total = 0
         for block in reader:
             total += len(block.records)
             if total > records_most:
@@ -280,9 +286,7 @@ def read_trace(path: Path, records_most: int = RECORDS_MOST) -> Trace:
                     f"{path} has more than {records_most} records",
                     hint="record for a shorter time; the simulator has a trace in memory",
                 )
-            dropped += block.dropped
             parts.append(block.records)
-            ends.append(total)
-            times.append(block.now_ns)
+            reads.append(Read(total, block.now_ns, block.dropped))
     records = np.concatenate(parts) if parts else np.empty(0, dtype=RECORD)
-    return Trace(reader.header, records, dropped, reader.torn_bytes, tuple(ends), tuple(times))
+    return Trace(reader.header, records, tuple(reads), reader.torn_bytes)

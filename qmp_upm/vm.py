@@ -90,8 +90,8 @@ class Session:
             qemu_version=self._qemu_version,
             plugin_version=self._plugin.version if self._plugin else None,
             vm_kind=self._plugin.vm_kind if self._plugin else None,
-            policy=guest.policy.table.name,
-            parameters=guest.policy.table.parameters,
+            policy=guest.table.name,
+            parameters=guest.table.parameters,
             fallen_back=guest.policy.fallen_back,
             budget_bytes=guest.budget_bytes,
             stale_bytes=dict(guest.stats.stale_bytes),
@@ -214,7 +214,7 @@ class Session:
             vm=guest.name,
             qemu=monitor.qemu_version,
             vm_kind=query.vm_kind,
-            policy=guest.policy.table.name,
+            policy=guest.table.name,
         )
         guest.telemetry.line(
             "attached",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmp_upm.errors import ConfigError
-from qmp_upm.units import format_seconds, format_size, parse_size
+from qmp_upm.units import parse_size
 
 if TYPE_CHECKING:
     from qmp_upm.simulator.compare import Run
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 WIDTH_LEAST = 110
 """Columns of a table, however narrow the terminal is: figures cut short are of no use."""
-COLUMNS = ("time", "rent", "cost / optimum", "peak stale", "mean stale", "discards", "reused")
 
 WorkloadOption = Annotated[
     str | None,
@@ -59,6 +58,7 @@ def simulate(
     profiles = {name: find_profile(name) for name in profile or PROFILES}
     budget_bytes = _budget(budget, recorded_budget)
     runs = compare(timeline, specs, profiles, time.process_time, budget_bytes=budget_bytes)
+    _say_failures(runs)
     title = workload or str(trace)
     if as_json:
         typer.echo(json.dumps([run.to_json() for run in runs]))
@@ -116,36 +116,29 @@ def print_runs(title: str, runs: "list[Run]") -> None:
     from rich.console import Console  # noqa: PLC0415 - heavy
     from rich.table import Table  # noqa: PLC0415
 
+    from qmp_upm.simulator.table import COLUMNS, to_rows  # noqa: PLC0415
+
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH_LEAST)
     for profile in dict.fromkeys(run.profile for run in runs):
-        mine = [run for run in runs if run.profile == profile]
-        best = mine[0].optimum
         table = Table(title=f"{title}, prices {profile}")
-        table.add_column("policy", overflow="fold")
-        for column in COLUMNS:
+        table.add_column(COLUMNS[0], overflow="fold")
+        for column in COLUMNS[1:]:
             table.add_column(column, justify="right", no_wrap=True)
-        for run in sorted(mine, key=lambda run: run.cost_seconds):
-            ratio = run.ratio_to_optimum
-            table.add_row(
-                run.policy,
-                format_seconds(run.time_seconds),
-                format_seconds(run.rent_seconds),
-                "-" if ratio is None else f"{ratio:.3f}",
-                format_size(run.outcome.peak_stale_bytes),
-                format_size(round(run.outcome.mean_stale_bytes)),
-                str(run.outcome.discards),
-                format_size(int(str(run.to_json()["reused_bytes"]))),
-            )
+        *rows, optimum = to_rows([run for run in runs if run.profile == profile])
+        for row in rows:
+            table.add_row(*row)
         table.add_section()
-        table.add_row(
-            "optimum",
-            format_seconds(best.time_seconds),
-            format_seconds(best.rent_seconds),
-            "1",
-            format_size(best.peak_stale_bytes),
-            format_size(round(best.mean_stale_bytes)),
-            "",
-            "",
-        )
+        table.add_row(*optimum)
         console.print(table)
+
+
+def _say_failures(runs: "list[Run]") -> None:
+    """What a session says in its log: each policy that failed, once, and why."""
+    failed = {run.policy: run.outcome.fallen_back for run in runs if run.outcome.fallen_back}
+    for policy, error in failed.items():
+        typer.echo(
+            f"qmp-upm: the policy {policy} failed, and its VM went on with eager: {error}\n"
+            "hint: tell the policy's author",
+            err=True,
+        )

@@ -9,7 +9,7 @@ from qmp_upm.errors import ConfigError
 from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.policy import GROUP, Policy, make_policy
 from qmp_upm.prices import Prices
-from qmp_upm.simulator.engine import DEFAULT_RULES, UNLIMITED, Outcome, Rules, replay
+from qmp_upm.simulator.engine import UNLIMITED, Outcome, replay
 from qmp_upm.simulator.optimum import Optimum, find_optimum
 from qmp_upm.simulator.timeline import Timeline
 from qmp_upm.units import NSEC
@@ -112,6 +112,7 @@ class Run:
             "reused_bytes": account.reused_pages * PAGE_BYTES,
             "refaulted_bytes": account.refaulted_pages * PAGE_BYTES,
             "dropped": self.outcome.dropped,
+            "fallen_back": self.outcome.fallen_back,
             "conversions_per_second": self.conversions_per_second,
         }
 
@@ -123,7 +124,6 @@ def compare(
     clock: Callable[[], float],
     *,
     budget_bytes: int = UNLIMITED,
-    rules: Rules = DEFAULT_RULES,
 ) -> list[Run]:
     """Every policy at every profile. ``clock``: seconds of processor time, for the simulator's own.
 
@@ -136,7 +136,7 @@ def compare(
         for name, prices in profiles.items():
             if known is None or spec.weighs_prices():
                 start = clock()
-                outcome = replay(timeline, spec.make(prices), budget_bytes, rules)
+                outcome = replay(timeline, spec.make(prices), budget_bytes)
                 known = outcome, timeline.conversions / max(clock() - start, 1e-9)
             outcome, speed = known
             runs.append(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Replays a timeline through a policy: the daemon's ledger and policy, its rules, virtual time.
 
-The daemon reads when the plugin rings, at most once in ``notify_ns``; when the policy asked to be
-woken; and to renew the lease. What it reads it enters in the ledger; then it asks the policy, sets
-the modes and hands on the discards. A recorded trace says when the daemon read something; a replay
-reads at the same times, and so gives the policy the same batches.
+The daemon reads when the plugin rings, at most once in ``NOTIFY_NS``, and when the policy asked to
+be woken. What it reads it enters in the ledger; then it asks the policy, sets the modes and hands
+on the discards. Where records were lost, it reads the plugin's ledger before. A recorded trace says
+when the daemon read something, and what it had lost; a replay reads at the same times, and so gives
+the policy the same batches. The policy is contained as it is there.
 """
 
 from collections.abc import Iterator
@@ -12,12 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qmp_upm.clock import Clock
+from qmp_upm.contained import ContainedPolicy
 from qmp_upm.ledger import Ledger
 from qmp_upm.pages import PAGE_BYTES, PageSet
-from qmp_upm.policy import Batch, Policy, Pressure, checked
+from qmp_upm.policy import Batch, Policy, Pressure
 from qmp_upm.protocol import Copy
+from qmp_upm.records import Records
 from qmp_upm.simulator.machine import Account, Machine
 from qmp_upm.simulator.timeline import Timeline
+from qmp_upm.stats import VmStats
+from qmp_upm.trace import Read
 from qmp_upm.units import NSEC
 
 UNLIMITED = 1 << 62
@@ -28,17 +34,8 @@ SOONEST_NS = NSEC // 1000
 """The session waits at least that long between two decisions: ``qmp_upm.vm``."""
 
 
-@dataclass(frozen=True)
-class Rules:
-    """When the daemon reads."""
-
-    notify_ns: int = NSEC // 50
-    tick_ns: int = 5 * NSEC // 3
-    """A third of the lease."""
-
-
-DEFAULT_RULES = Rules()
-"""Those of the daemon's own configuration."""
+NOTIFY_NS = NSEC // 50
+"""The plugin rings no more often, as the daemon's configuration has it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,8 @@ class Outcome:
     dropped: int
     """Records that the daemon would have lost, or had when the trace was recorded."""
     moments: list[Moment]
+    fallen_back: str | None
+    """Why the policy no longer decided from some time on, and ``eager`` did; None if it held."""
 
     @property
     def discards(self) -> int:
@@ -82,94 +81,107 @@ class Outcome:
         return self.account.page_ns * PAGE_BYTES / (self.timeline.seconds * NSEC or 1.0)
 
 
-def replay(
-    timeline: Timeline,
-    policy: Policy,
-    budget_bytes: int = UNLIMITED,
-    rules: Rules = DEFAULT_RULES,
-) -> Outcome:
-    """The whole timeline. Raises PolicyError if the policy returns what is no decision."""
-    run = _Run(timeline, policy, budget_bytes)
-    reads = _recorded_reads(run) if timeline.reads else _reads(run, rules)
-    for high, now_ns in reads:
-        run.read(high, now_ns)
+def replay(timeline: Timeline, policy: Policy, budget_bytes: int = UNLIMITED) -> Outcome:
+    """The whole timeline. A policy that fails is replaced by ``eager``, and the outcome says so."""
+    run = Replay(timeline, policy, budget_bytes)
+    for read in _recorded_reads(run) if timeline.reads else _reads(run):
+        run.read(read)
     return run.finish()
 
 
-def _recorded_reads(run: "_Run") -> Iterator[tuple[int, int]]:
+def _recorded_reads(run: "Replay") -> Iterator[Read]:
     """As when the trace was recorded; between, the policy is woken when it asks to be."""
     now_ns = run.timeline.start_ns
-    for high, time_ns in (*run.timeline.reads, (None, run.timeline.end_ns)):
-        while run.wake_ns is not None and max(run.wake_ns, now_ns + SOONEST_NS) < time_ns:
+    for read in (*run.timeline.reads, None):
+        until_ns = run.timeline.end_ns if read is None else read.now_ns
+        while run.wake_ns is not None and max(run.wake_ns, now_ns + SOONEST_NS) < until_ns:
             now_ns = max(run.wake_ns, now_ns + SOONEST_NS)
-            yield run.at, now_ns
-        now_ns = max(now_ns, time_ns)
-        if high is not None:
-            yield high, now_ns
+            yield Read(run.at, now_ns, 0)
+        now_ns = max(now_ns, until_ns)
+        if read is not None:
+            yield read._replace(now_ns=now_ns)
 
 
-def _reads(run: "_Run", rules: Rules) -> Iterator[tuple[int, int]]:
+def _reads(run: "Replay") -> Iterator[Read]:
     """Up to which record the daemon reads, and when, as the run goes on."""
     times, total = run.timeline.time_ns, len(run.timeline.records)
     now_ns = run.timeline.start_ns
-    rung_ns = now_ns - rules.notify_ns
-    while now_ns < run.timeline.end_ns or run.at < total:
-        due = now_ns + rules.tick_ns
-        if run.wake_ns is not None:
-            due = min(due, max(run.wake_ns, now_ns + SOONEST_NS))
+    rung_ns = now_ns - NOTIFY_NS
+    while True:
+        due = [] if run.wake_ns is None else [max(run.wake_ns, now_ns + SOONEST_NS)]
         if run.at < total:
-            rings_ns = max(int(times[run.at]), rung_ns + rules.notify_ns)
-            if rings_ns <= due:
-                due = rung_ns = rings_ns
-        elif due > run.timeline.end_ns:
+            rings_ns = max(int(times[run.at]), rung_ns + NOTIFY_NS)
+            if not due or rings_ns <= due[0]:
+                due = [rings_ns]
+                rung_ns = rings_ns
+        elif not due or due[0] > run.timeline.end_ns:
             return
-        now_ns = due
-        yield int(np.searchsorted(times, now_ns, side="right")), now_ns
+        now_ns = due[0]
+        end = int(np.searchsorted(times, now_ns, side="right"))
+        yield Read(end, now_ns, max(end - run.at - RING_RECORDS, 0))
 
 
-class _Run:
+class Replay:
     """One replay: the machine, the ledger and the policy between two reads."""
 
     def __init__(self, timeline: Timeline, policy: Policy, budget_bytes: int) -> None:
         self.timeline = timeline
         self.at = 0
-        self.wake_ns: int | None = None
-        self._policy = policy
+        self._now_ns = timeline.start_ns
+        self._policy = ContainedPolicy(policy, VmStats(), Clock(monotonic_ns=lambda: self._now_ns))
         self._machine = Machine(timeline, budget_bytes)
         self._ledger = Ledger(budget_bytes)
         self._records = timeline.records.copy()
         self._moments: list[Moment] = []
         self._lost = 0
-        self._decide(Batch(), timeline.start_ns)
+        self._decide(Batch())
+        self._policy.attached(self._ledger)
 
-    def read(self, high: int, now_ns: int) -> None:
-        """The daemon reads up to record ``high``, and decides."""
-        low, self.at = self.at, high
-        if high > low:
-            self._records["deferred"][low:high] = self._machine.convert(low, high)
-            self._ledger.apply(self._records[low:high], now_ns)
-        self._machine.pass_time(now_ns)
-        # The session then reads the plugin's ledger instead: the mirror is right all the same.
-        lost = max(high - low - RING_RECORDS, 0)
-        self._lost += lost
-        self._decide(Batch(self._records[low + lost : high], lost), now_ns)
+    @property
+    def wake_ns(self) -> int | None:
+        """When the policy wants to be asked again, whatever comes."""
+        return self._policy.wake_at_ns
+
+    def read(self, read: Read) -> None:
+        """The daemon reads, and decides."""
+        low, self.at, self._now_ns = self.at, read.end, read.now_ns
+        self._records["deferred"][low : read.end] = self._machine.convert(low, read.end)
+        self._machine.pass_time(read.now_ns)
+        # Those of a recorded trace were lost before it was written: they are not among these.
+        missing = 0 if self.timeline.reads else read.dropped
+        records = self._records[low : read.end]
+        if read.dropped:
+            self._resynchronise(records, missing)
+        else:
+            self._ledger.apply(records, read.now_ns)
+        self._lost += read.dropped
+        self._decide(Batch(records[missing:], read.dropped))
+
+    def _resynchronise(self, records: Records, missing: int) -> None:
+        """Follow what was not lost; then the ledger becomes what the plugin's is."""
+        plugin = Ledger(self._ledger.budget_bytes)
+        plugin.replace({copy: self._ledger.stale(copy) for copy in Copy}, self._now_ns)
+        plugin.apply(records, self._now_ns)
+        self._ledger.apply(records[missing:], self._now_ns)
+        self._ledger.replace({copy: plugin.stale(copy) for copy in Copy}, self._now_ns)
 
     def finish(self) -> Outcome:
         """Hold what is stale to the end."""
         self._machine.pass_time(self.timeline.end_ns)
         self._note(self.timeline.end_ns)
+        self._policy.detached()
         return Outcome(
             self.timeline,
             self._machine.account,
             self._machine.stale_pages * PAGE_BYTES,
-            self.timeline.dropped + self._lost,
+            self._lost,
             self._moments,
+            self._policy.fallen_back,
         )
 
-    def _decide(self, batch: Batch, now_ns: int) -> None:
-        decision = checked(self._policy.decide(batch, self._ledger, now_ns, Pressure()))
-        self._note(now_ns)
-        self.wake_ns = decision.wake_at_ns
+    def _decide(self, batch: Batch) -> None:
+        decision = self._policy.decide(batch, self._ledger, Pressure())
+        self._note(self._now_ns)
         ended = self._machine.deferred - decision.defer
         self._machine.deferred = decision.defer
         self._machine.hold_at_most(decision.hold_bytes)
@@ -177,7 +189,7 @@ class _Run:
             self._give_back(copy, self._ledger.stale(copy))
         for discard in decision.discards:
             self._give_back(discard.copy, discard.pages & self._ledger.stale(discard.copy))
-        self._note(now_ns)
+        self._note(self._now_ns)
 
     def _give_back(self, copy: Copy, pages: PageSet) -> None:
         if pages:

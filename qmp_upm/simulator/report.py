@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from qmp_upm.errors import InstallError
 from qmp_upm.prices import Prices
 from qmp_upm.simulator.compare import Run
+from qmp_upm.simulator.table import COLUMNS, to_rows
 from qmp_upm.simulator.timeline import Timeline
-from qmp_upm.units import format_seconds, format_size
+from qmp_upm.units import format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,32 +106,15 @@ def _figures(
 
 
 def _table(runs: Sequence[Run]) -> str:
-    head = ("policy", "time", "rent", "cost / optimum", "peak stale", "mean stale", "discards")
-    rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
-    for run in sorted(runs, key=lambda run: run.cost_seconds):
-        ratio = run.ratio_to_optimum
-        cells = (
-            run.policy,
-            format_seconds(run.time_seconds),
-            format_seconds(run.rent_seconds),
-            "-" if ratio is None else f"{ratio:.3f}",
-            format_size(run.outcome.peak_stale_bytes),
-            format_size(round(run.outcome.mean_stale_bytes)),
-            f"{run.outcome.discards:,}",
-        )
-        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    best = runs[0].optimum
-    cells = (
-        "optimum",
-        format_seconds(best.time_seconds),
-        format_seconds(best.rent_seconds),
-        "1",
-        format_size(best.peak_stale_bytes),
-        format_size(round(best.mean_stale_bytes)),
-        "",
-    )
-    rows.append("<tr class=best>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "<table>" + "\n".join(rows) + "</table>"
+    *rows, optimum = to_rows(runs)
+    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in COLUMNS) + "</tr>"]
+    lines += [f"<tr>{_cells(row)}</tr>" for row in rows]
+    lines.append(f"<tr class=best>{_cells(optimum)}</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _cells(row: Sequence[str]) -> str:
+    return "".join(f"<td>{escape(cell)}</td>" for cell in row)
 
 
 def _describe(prices: Prices) -> str:

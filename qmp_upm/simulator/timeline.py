@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qmp_upm.errors import TraceError
 from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.records import Records
-from qmp_upm.trace import Trace
+from qmp_upm.trace import Read, Trace
 from qmp_upm.units import NSEC
 
 TOUCHES_MOST = 1 << 25
@@ -58,26 +58,25 @@ class Extents:
 class Timeline:
     """Conversions from ``start_ns`` to ``end_ns``, and what they touch.
 
-    ``reads``: index of a record and time, where the daemon had read up to; empty if the trace
-    doesn't say. Raises TraceError if there is nothing to simulate, or too much.
+    ``reads``: the daemon's when it was recorded; without them (a generated trace) the simulator
+    reads when the daemon would have. Raises TraceError if there is nothing to simulate, or too
+    much.
     """
 
     def __init__(
         self,
         records: Records,
         end_ns: int | None = None,
-        reads: tuple[tuple[int, int], ...] = (),
-        dropped: int = 0,
+        reads: tuple[Read, ...] = (),
     ) -> None:
         if not len(records):
             raise TraceError("the trace has no conversions", hint="record while the guest runs")
         self.records = records
-        self.dropped = dropped
         self.reads = reads
         # The guest's processors race between taking the time and the record's place.
         self.time_ns: Ints = np.maximum.accumulate(records["time_ns"].astype(np.int64))
         self.start_ns = int(self.time_ns[0])
-        last = max([int(self.time_ns[-1]), *(time for _, time in reads[-1:])])
+        last = max([int(self.time_ns[-1]), *(read.now_ns for read in reads[-1:])])
         self.end_ns = max(last, end_ns or 0)
         self.to_private: Flags = records["private"].astype(bool)
         self.extents, self.touch_extent, self.first_touch = _touches(records)
@@ -92,11 +91,14 @@ class Timeline:
         )
 
     @classmethod
-    def of_trace(cls, trace: Trace, quiet_ns: int = 0) -> Self:
-        """A recorded trace, read when it was read then, and ``quiet_ns`` of nothing after."""
-        reads = tuple(zip(trace.ends, trace.times_ns, strict=True))
-        end_ns = reads[-1][1] + quiet_ns if reads else None
-        return cls(trace.records, end_ns, reads, trace.dropped)
+    def of_trace(cls, trace: Trace) -> Self:
+        """A recorded trace, read when it was read then."""
+        return cls(trace.records, reads=trace.reads)
+
+    @property
+    def dropped(self) -> int:
+        """Records that were lost when it was recorded."""
+        return sum(read.dropped for read in self.reads)
 
     @property
     def conversions(self) -> int:

@@ -21,6 +21,7 @@ from qmp_upm.vm import Session
 
 MIB = 1 << 20
 PAGE = 4096
+CLOCK = Clock(chance=lambda: 0.5)
 
 
 def fake_vm(plan: Plan | None = None, **names: str) -> FakeVm:
@@ -51,7 +52,7 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[Running]:
+async def running(tmp_path: Path, clock: Clock = CLOCK, **settings: Any) -> AsyncIterator[Running]:
     """A session with the monitor at tmp_path/sock."""
     values = {"notify": "1 ms", "lease": "0.5 s"} | settings
     telemetry = TelemetryWriter(CappedDirectory(tmp_path, 1 << 20, 4 << 20)).of("guest")
@@ -64,7 +65,7 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[Running]:
         admission,
         lambda _session, _identity: admission,
         lambda name, data: told.append((name, data)),
-        Clock(chance=lambda: 0.5),
+        clock,
     )
     task = asyncio.create_task(session.run())
     try:

@@ -326,7 +326,7 @@ async def test_failing_policy_falls_back_to_eager(
     tmp_path: Path, kind: type[Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its VM is served on, eagerly, until it gets another policy; everybody is told why."""
-    monkeypatch.setattr(contained, "DECIDE_SECONDS", 0.05)
+    monkeypatch.setattr(contained, "TICK_SECONDS", 0.005)
     async with fake_vm().listening(tmp_path / "sock") as peer, running(tmp_path) as run:
         run.session.guest.policy._policy = kind(None)
         await until(lambda: run.session.state is State.ATTACHED)

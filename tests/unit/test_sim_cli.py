@@ -2,6 +2,7 @@
 """simulate, calibrate and advise as an operator calls them."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,10 +32,25 @@ KEYS = {
 }
 
 
-def qmp_upm(*arguments: str) -> "subprocess.CompletedProcess[str]":
+FAILING = """
+from qmp_upm.policy import Policy
+
+class Failing(Policy):
+    def decide(self, batch, *_):
+        raise KeyError("oops")
+"""
+
+
+def qmp_upm(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """The command as installed."""
     program = Path(sys.executable).with_name("qmp-upm")
-    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +84,26 @@ def test_simulate_prints_a_table(trace: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.index("lazy:max_age=1 s") < result.stdout.rindex("optimum")
+
+
+def test_a_policy_that_fails_is_contained(tmp_path: Path) -> None:
+    """Its guest goes on with eager, as in the daemon: no traceback, and it is said once."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    info = tmp_path / "failing-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[qmp_upm.policies]\nfailing = failing:Failing\n")
+    arguments = ("simulate", "--workload", "ovmf-pool", "--policy", "failing", "--policy", "eager")
+    result = qmp_upm(*arguments, "--json", PYTHONPATH=str(tmp_path))
+    failing, eager = (
+        {run["profile"]: run for run in json.loads(result.stdout) if run["policy"] == name}
+        for name in ("failing", "eager")
+    )
+    assert (result.returncode, result.stderr.count("the policy failing failed")) == (0, 1)
+    for profile, run in failing.items():
+        assert (run["fallen_back"], eager[profile]["fallen_back"]) == ("KeyError('oops')", None)
+        assert run["cost_seconds"] == eager[profile]["cost_seconds"]
+    assert "failing (failed)" in qmp_upm(*arguments, PYTHONPATH=str(tmp_path)).stdout
 
 
 def test_a_trace_brings_its_budget(trace: Path) -> None:

@@ -2,9 +2,7 @@
 """The simulator against the rest of qmp-upm: the plugin's rules, and a session's decisions."""
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,13 @@ from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Decision, LedgerView, Policy, Pressure, make_policy
 from qmp_upm.protocol import Copy
 from qmp_upm.records import make_records
-from qmp_upm.simulator.engine import _Run
+from qmp_upm.simulator.engine import Replay
 from qmp_upm.simulator.machine import Machine
 from qmp_upm.simulator.timeline import Timeline
 from qmp_upm.testing import FakePlugin, FakeVm
-from tests.unit.sessions import running, until
+from qmp_upm.trace import Read
+from tests.unit.sessions import MIB, running, until
+from tests.unit.virtualtime import VirtualLoop, run_in_virtual_time
 
 REGION_PAGES = 4096
 
@@ -98,63 +98,60 @@ class Listener(Policy):
         super().__init__(policy.parameters)
         self.policy = policy
         self.asked: list[tuple[Batch, int]] = []
-        self.decided: list[tuple[object, ...]] = []
+        self.decided: list[tuple[Any, ...]] = []
 
     def decide(self, batch: Batch, ledger: LedgerView, now_ns: int, pressure: Pressure) -> Decision:
         """As the policy does."""
         decision = self.policy.decide(batch, ledger, now_ns, pressure)
         self.asked.append((batch, now_ns))
         discards = [(d.copy, d.reason, tuple(d.pages.ranges())) for d in decision.discards]
-        self.decided.append((decision.defer, discards))
+        self.decided.append((decision.defer, decision.hold_bytes, decision.wake_at_ns, discards))
         return decision
 
 
-@contextlib.asynccontextmanager
-async def live(folder: Path, plugin: FakePlugin, policy: Policy) -> AsyncIterator[None]:
-    """A session with this policy, attached to a fake VM."""
+PRICES = {"conversion": 2e-6, "discard_call": 5e-6, "discard_page": 1e-6, "refault_page": 2e-6}
+
+
+async def live(folder: Path, listener: Listener, rng: random.Random) -> None:
+    """A session decides by this policy over a VM whose guest converts at random, then is quiet."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    plugin = FakePlugin({"ram": REGION_PAGES * PAGE_BYTES}, clock_ns=loop.monotonic_ns)
     async with (
         FakeVm(plugin).listening(folder / "sock"),
-        running(folder, lease="0.3 s", budget="1 GiB") as one,
+        running(folder, loop.clock, lease="3 s", budget="8 MiB") as one,
     ):
-        one.session.guest.policy._policy = policy
+        one.session.guest.policy._policy = listener
         await until(lambda: one.session.state == "attached")
-        yield
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("eager", {"copies": "shared"}),
-        ("batched", {"max_bytes": "256 KiB", "max_delay": "1 h"}),
-        ("lazy", {"max_age": "1 h", "high": 0.0005, "low": 0.0002}),
-    ],
-)
-async def test_live_and_simulated_decisions_are_the_same(
-    tmp_path: Path, name: str, parameters: dict[str, Any]
-) -> None:
-    """A session decides over its VM; the simulator, given what the guest did, decides alike."""
-    listener, rng = Listener(make_policy(name, parameters)), random.Random(5)  # noqa: S311
-    plugin = FakePlugin({"ram": REGION_PAGES * PAGE_BYTES})
-    async with live(tmp_path, plugin, listener):
-        for _ in range(60):
+        for _ in range(150):
             for _ in range(rng.randrange(40)):
                 offset = rng.randrange(REGION_PAGES - 8) * PAGE_BYTES
                 size = rng.randrange(1, 9) * PAGE_BYTES
                 plugin.convert(1, offset, size, to_private=rng.random() < 0.5)
-            await asyncio.sleep(0.002)
-        made = sum(len(batch) for batch, _ in listener.asked)
-        async with asyncio.timeout(20):
-            while made < plugin.ledger.ring.head:
-                await asyncio.sleep(0.005)
-                made = sum(len(batch) for batch, _ in listener.asked)
-    asked = [(batch, now) for batch, now in listener.asked if len(batch)]
-    assert len(asked) > 10
+            await asyncio.sleep(rng.choice([0.001, 0.01, 0.1, 1.0]))
+        await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "reasons"),
+    [
+        ("eager", {"copies": "shared"}, set()),
+        ("batched", {"max_bytes": "256 KiB", "max_delay": "0.2 s"}, {"bytes", "delay"}),
+        ("lazy", {"max_age": "2 s", "high": 0.2, "low": 0.1}, {"age", "budget"}),
+        ("adaptive", {"prices": PRICES}, {"learnt", "at-once", "budget"}),
+    ],
+)
+@pytest.mark.parametrize("seed", [5, 6])
+def test_live_and_simulated_decisions_are_the_same(
+    tmp_path: Path, name: str, parameters: dict[str, Any], reasons: set[str], seed: int
+) -> None:
+    """A session decides over its VM; the simulator, given what the guest did, decides alike."""
+    listener = Listener(make_policy(name, parameters))
+    run_in_virtual_time(live(tmp_path, listener, random.Random(seed)))  # noqa: S311
+    records = np.concatenate([batch.records for batch, _ in listener.asked])
     again = Listener(make_policy(name, parameters))
-    run = _Run(Timeline(np.concatenate([batch.records for batch, _ in asked])), again, 1 << 30)
-    first_ns = asked[0][1]
-    for batch, now_ns in listener.asked:
-        if now_ns >= first_ns:
-            run.read(run.at + len(batch), now_ns)
-    expected = listener.decided[-len(again.decided) + 1 :]
-    assert again.decided[1:] == expected
-    assert name == "eager" or any(discards for _, discards in expected)
+    run = Replay(Timeline(records), again, 8 * MIB)
+    for batch, now_ns in listener.asked[1:]:
+        run.read(Read(run.at + len(batch), now_ns, batch.dropped))
+    assert again.decided == listener.decided
+    assert {reason for _, _, _, gone in again.decided for _, reason, _ in gone} == reasons

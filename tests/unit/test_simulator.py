@@ -33,6 +33,7 @@ from qmp_upm.simulator.machine import Machine
 from qmp_upm.simulator.optimum import find_optimum
 from qmp_upm.simulator.timeline import Timeline
 from qmp_upm.simulator.workloads import WORKLOADS, make_workload
+from qmp_upm.trace import Read
 from qmp_upm.units import NSEC
 
 PAGES = 24
@@ -308,44 +309,83 @@ def hot_page(count: int, gap_ns: int) -> Timeline:
 
 
 class Watching(Policy):
-    """Keeps nothing, and remembers what it was asked."""
+    """Keeps everything, and remembers what it was asked, and when it was there."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails_at: int | None = None) -> None:
         super().__init__(Parameters())
         self.seen: list[tuple[Batch, int]] = []
+        self.entered: list[int] = []
+        self.life: list[str] = []
+        self.fails_at = fails_at
 
     def decide(
         self,
         batch: Batch,
-        ledger: LedgerView,  # noqa: ARG002 - the contract gives every policy the same arguments
+        ledger: LedgerView,
         now_ns: int,
-        pressure: Pressure,  # noqa: ARG002 - the same
+        pressure: Pressure,  # noqa: ARG002 - the contract gives every policy the same arguments
     ) -> Decision:
-        """Nothing to keep, nothing to discard."""
+        """Nothing to discard."""
+        self.life.append("asked")
         self.seen.append((batch, now_ns))
-        return Decision()
+        self.entered.append(sum(int(ledger.entered(copy).pages.sum()) for copy in Copy))
+        if len(self.seen) == self.fails_at:
+            raise KeyError("oops")
+        return Decision(frozenset(Copy))
+
+    def attached(self, ledger: LedgerView, now_ns: int) -> None:
+        """Noted."""
+        assert (ledger.stale_bytes, now_ns) == (0, self.seen[0][1])
+        self.life.append("attached")
+
+    def detached(self) -> None:
+        """Noted."""
+        self.life.append("detached")
 
 
 def test_a_slow_daemon_loses_records_and_says_so() -> None:
-    """More than the plugin's ring has between two reads: the policy learns how many were lost."""
+    """More than the plugin's ring has between two reads: the policy learns how many were lost.
+
+    As for a session that has read the plugin's ledger, nothing is known of single conversions.
+    """
     policy = Watching()
     outcome = replay(hot_page(40_000, 1000), policy)
     assert outcome.dropped == sum(batch.dropped for batch, _ in policy.seen) > 0
     assert outcome.dropped + sum(len(batch) for batch, _ in policy.seen) == 40_000
+    for (batch, _), entered in zip(policy.seen[1:], policy.entered[1:], strict=True):
+        assert entered == (0 if batch.dropped else 1)
 
 
 def test_recorded_reads_are_the_batches() -> None:
-    """A trace that says when it was read gives the policy those batches at those times."""
-    timeline = hot_page(10, MSEC)
-    reads = ((4, 5 * MSEC), (4, 6 * MSEC), (10, 20 * MSEC))
+    """A trace that says when it was read, and what was lost, gives the policy the same."""
+    reads = (Read(4, 5 * MSEC, 0), Read(4, 6 * MSEC, 9), Read(10, 20 * MSEC, 0))
     policy = Watching()
-    replay(Timeline(timeline.records, reads=reads), policy)
-    assert [(len(batch), now_ns) for batch, now_ns in policy.seen] == [
-        (0, 0),
-        (4, 5 * MSEC),
-        (0, 6 * MSEC),
-        (6, 20 * MSEC),
+    outcome = replay(Timeline(hot_page(10, MSEC).records, reads=reads), policy)
+    assert [(len(batch), now_ns, batch.dropped) for batch, now_ns in policy.seen] == [
+        (0, 0, 0),
+        (4, 5 * MSEC, 0),
+        (0, 6 * MSEC, 9),
+        (6, 20 * MSEC, 0),
     ]
+    assert outcome.dropped == 9
+
+
+def test_a_policy_lives_as_in_a_session() -> None:
+    """Asked for modes, attached, asked when something is read, and detached."""
+    policy = Watching()
+    outcome = replay(hot_page(3, 30 * MSEC), policy)
+    assert policy.life == ["asked", "attached", "asked", "asked", "asked", "detached"]
+    assert outcome.fallen_back is None
+
+
+def test_a_policy_that_fails_is_replaced_by_eager() -> None:
+    """From then on nothing is kept, and the outcome says why."""
+    policy = Watching(fails_at=3)
+    outcome = replay(hot_page(10, 30 * MSEC), policy)
+    assert outcome.fallen_back == "KeyError('oops')"
+    assert policy.life[-1] == "asked"
+    assert (outcome.account.deferred_pages, outcome.account.inline_pages) == (2, 8)
+    assert outcome.final_stale_bytes == 0
 
 
 def test_empty_traces_are_refused() -> None:

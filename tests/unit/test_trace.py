@@ -37,7 +37,7 @@ def test_what_is_written_is_read(path: Path) -> None:
     """Records, block ends and times, drops and the header."""
     trace = read_trace(path)
     assert (trace.records == np.concatenate([some_records(3), some_records(2)])).all()
-    assert (trace.ends, trace.times_ns) == ((3, 3, 5), (10_000, 20_000, 30_000))
+    assert trace.reads == ((3, 10_000, 0), (3, 20_000, 0), (5, 30_000, 7))
     assert (trace.dropped, trace.torn_bytes) == (7, 0)
     assert (trace.header.vm, trace.header.policy) == ("a", "lazy")
     assert trace.header.budget_bytes == 1 << 20
@@ -54,7 +54,7 @@ def test_a_long_batch_is_several_blocks(tmp_path: Path) -> None:
     with TraceWriter(path) as writer:
         writer.write(some_records(BLOCK_MOST + 1), 5, dropped=3)
     trace = read_trace(path)
-    assert (trace.ends, trace.dropped) == ((BLOCK_MOST, BLOCK_MOST + 1), 3)
+    assert trace.reads == ((BLOCK_MOST, 5, 3), (BLOCK_MOST + 1, 5, 0))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
