@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import confidential, turns
 from benchmarks.firmware import boot_firmware
 from benchmarks.guest import guest_rounds
+from benchmarks.prices import price_points
 from benchmarks.reduce import guest_rows, native_rows
 from benchmarks.report import report
 from benchmarks.results import Firmware, Machine, Results, targets
@@ -55,8 +56,6 @@ def _machine(kvm: str) -> dict[str, Any]:
 
 
 def _prices() -> list[dict[str, Any]]:
-    from benchmarks.prices import price_points  # noqa: PLC0415 - needs the simulator
-
     say("The simulator ...")
     return [point.model_dump() for point in price_points()]
 

@@ -66,6 +66,8 @@ class ReturnTimes:
         }
 
     def _learn(self, copy: Copy, returns: Returns) -> int:
+        if not len(returns):
+            return 0
         runs = Runs(*(returns[name].astype(np.int64) for name in ("region", "first", "pages")))
         rows, kept = self.rows(copy, runs), 0
         if not rows.all():

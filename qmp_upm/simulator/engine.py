@@ -152,7 +152,7 @@ class Replay:
         records = self._records[low : read.end]
         if read.dropped:
             self._resynchronise(records, missing)
-        else:
+        elif len(records):
             self._ledger.apply(records, read.now_ns)
         self._lost += read.dropped
         self._decide(Batch(records[missing:], read.dropped))

@@ -44,7 +44,7 @@ def test_adaptive_spends_and_holds_little_on_ovmf() -> None:
 
 
 def test_adaptive_is_competitive_on_random_traces() -> None:
-    """At most twice the optimum on each; `python -m benchmarks.policies --random 1000` has more.
+    """At most twice the optimum on each; `python -m benchmarks.policies --parts random` has 1,000.
 
     332 has a long run that is lost, if small ones before it that came back were trials enough.
     """
