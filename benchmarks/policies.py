@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the policies come to, and what they take: `python -m benchmarks.policies [--parts PART ...]`.
+"""What the policies come to, and take: `python -m benchmarks.policies [--parts PART ...]`.
 
 ratios
     Every policy on every workload at every profile: cost as a multiple of the optimum's.
