@@ -19,6 +19,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from tests.lab import build
 from tests.lab.build import LabError
+from tests.lab.dial import dial
 from tests.lab.inside import KVM_TYPE
 from tests.lab.machine import plugin_file
 
@@ -33,15 +34,26 @@ def preload() -> Path:
     return build.preload(f"{HERE}/native.c", f"{HERE}/turns.c", headers=(f"{HERE}/native.h",))
 
 
+def _in_vain(what: str) -> LabError:
+    return LabError(
+        f"the native benchmark waited in vain for {what}"
+        "\nhint: it takes QEMU 10 or 11, and /dev/kvm with guest_memfd (Linux 6.18)"
+    )
+
+
 def _wait(done: Any, what: str, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while not done():
         if time.monotonic() > end or process.poll() is not None:
-            raise LabError(
-                f"the native benchmark waited in vain for {what}"
-                "\nhint: it takes QEMU 10 or 11, and /dev/kvm with guest_memfd (Linux 6.18)"
-            )
+            raise _in_vain(what)
         time.sleep(0.01)
+
+
+def _monitor(path: Path, process: subprocess.Popen[str]) -> QEMUMonitorProtocol:
+    try:
+        return dial(path, lambda: process.poll() is None, WAIT_SECONDS)
+    except RuntimeError as error:
+        raise _in_vain("QEMU's monitor") from error
 
 
 @dataclass
@@ -107,9 +119,7 @@ def native(work: str, settings: Mapping[str, Any] | None, **bench: object) -> It
             text=True,
         )
         try:
-            _wait((Path(folder) / "qmp").exists, "QEMU's monitor", process)
-            monitor = QEMUMonitorProtocol(f"{folder}/qmp")
-            monitor.connect(negotiate=True)
+            monitor = _monitor(Path(folder) / "qmp", process)
             if settings:
                 monitor.cmd("x-upm-configure", **settings)
             monitor.cmd("cont")

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp.legacy import QEMUMonitorProtocol
-
 from qmp_upm.plugin import plugin_path
 from tests.lab import build
-from tests.lab.inside import KVM_TYPE, allocated
+from tests.lab.dial import dial
+from tests.lab.inside import KVM_TYPE, START_SECONDS, allocated
 
 MIB = 1 << 20
 PAGE = 4096
@@ -75,13 +74,10 @@ class Guest:
             ),
             stderr=self.errors,
         )
-        end = time.monotonic() + 20
-        while not (folder / "second").exists():
-            assert self.process.poll() is None, (folder / "stderr").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        self.monitor = QEMUMonitorProtocol(f"{folder}/qmp")
-        self.monitor.connect(negotiate=True)
+        try:
+            self.monitor = dial(folder / "qmp", lambda: self.process.poll() is None, START_SECONDS)
+        except RuntimeError as error:
+            raise AssertionError((folder / "stderr").read_text()) from error
         if configuration:
             self.cmd("x-upm-configure", **configuration)
 

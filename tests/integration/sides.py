@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from qemu.qmp import QMPError
-from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from qmp_upm.testing import FakePlugin, FakeQemu, FakeVm
 from tests.integration.guest import MEMFD, MIB, Guest
+from tests.lab.dial import dial
 
 WAIT_SECONDS = 60
 
@@ -28,21 +28,6 @@ def until(done: Callable[[], object], what: str) -> None:
     while not done():
         assert time.monotonic() < end, f"not within {WAIT_SECONDS} s: {what}"
         time.sleep(0.01)
-
-
-def dial(path: Path) -> QEMUMonitorProtocol:
-    """A client of a monitor, once it listens."""
-    end = time.monotonic() + WAIT_SECONDS
-    while True:
-        client = QEMUMonitorProtocol(str(path))
-        try:
-            if path.exists():
-                client.connect(negotiate=True)
-                return client
-        except QMPError:
-            client.close()
-        assert time.monotonic() < end, path
-        time.sleep(0.02)
 
 
 def opened(pid: int) -> tuple[int, int]:
@@ -101,7 +86,7 @@ class ForkedFakeVm(_Vm):
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
-        self._client = dial(self._folder / "qmp")
+        self._client = dial(self._folder / "qmp", self._process.is_alive, WAIT_SECONDS)
 
     def cmd(self, name: str, **arguments: Any) -> Any:
         """By a monitor of the test's own."""

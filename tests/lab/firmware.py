@@ -8,9 +8,8 @@ import subprocess
 import time
 from typing import Any
 
-from qemu.qmp.legacy import QEMUMonitorProtocol
-
-from tests.lab.inside import KVM_TYPE, Run, wait_until
+from tests.lab.dial import dial
+from tests.lab.inside import KVM_TYPE, START_SECONDS, Run, wait_until
 
 RAM = "512M"
 MARKS = {
@@ -77,10 +76,9 @@ class Firmware(Run):
             env=os.environ | self.preload(version),
             stderr=self.qemu_log.open("wb"),
         )
-        if not wait_until((self.work / "runner.sock").exists, 60):
-            raise RuntimeError("QEMU did not start")
-        self.monitor = QEMUMonitorProtocol(f"{self.work}/runner.sock")
-        self.monitor.connect(negotiate=True)
+        self.monitor = dial(
+            self.work / "runner.sock", lambda: self.qemu.poll() is None, START_SECONDS
+        )
 
     def machine(self) -> str:
         """Of QEMU's machine option."""

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp.legacy import QEMUMonitorProtocol
-
 from qmp_upm.telemetry import read_totals
 from qmp_upm.units import parse_size
+from tests.lab.dial import dial
 from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 from tests.lab.told import Told
 
@@ -137,10 +136,9 @@ class Run:
             stderr=self.qemu_log.open("wb"),
             preexec_fn=self._enter,  # noqa: PLW1509
         )
-        if not wait_until((self.work / "runner.sock").exists, START_SECONDS):
-            raise RuntimeError("QEMU did not start")
-        self.monitor = QEMUMonitorProtocol(f"{self.work}/runner.sock")
-        self.monitor.connect(negotiate=True)
+        self.monitor = dial(
+            self.work / "runner.sock", lambda: self.qemu.poll() is None, START_SECONDS
+        )
 
     def start_daemon(self) -> None:
         """The daemon, until it has configured the plugin or refused."""
