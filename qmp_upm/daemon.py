@@ -2,6 +2,7 @@
 """The daemon: the host's VMs, and what is around them, until a signal."""
 
 import asyncio
+import gc
 import resource
 import signal
 from contextlib import AsyncExitStack, closing, suppress
@@ -99,5 +100,8 @@ def serve(config: Config, files: PressureFiles) -> None:
         ) from error
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # What is imported stays: a collection, for which all VMs wait, need not look at it.
+    gc.collect()
+    gc.freeze()
     with closing(notifier()) as manager:
         asyncio.run(_serve(config, files, manager))
