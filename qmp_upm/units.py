@@ -66,7 +66,9 @@ def _json_schema(kind: str, units: dict[str, float] | dict[str, int]) -> WithJso
 
 
 def format_seconds(value: float) -> str:
-    """Three digits, in a unit that fits."""
+    """Three digits, or whole seconds: ``"1,840 s"``, ``"20.5 ms"``, ``"0.512 µs"``."""
+    if value >= 999.5:  # noqa: PLR2004 - would round to four digits
+        return f"{value:,.0f} s"
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
