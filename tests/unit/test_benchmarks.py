@@ -12,6 +12,7 @@ from benchmarks import __main__ as bench
 from benchmarks import confidential
 from benchmarks.reduce import guest_rows, mean_until, native_rows
 from benchmarks.results import Results, targets
+from qmp_upm.units import format_size
 from tests.lab.build import LabError
 from tests.lab.firmware import disk_requests
 from tests.lab.rows import NONE, STOCK, daemon_config, in_turn, rows
@@ -230,3 +231,17 @@ def test_a_host_without_such_vms_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     args = argparse.Namespace(cgs="sev-snp-guest", ovmf=None, kernel=None)
     with pytest.raises(LabError, match=r"makes no VM for sev-snp-guest\nhint: "):
         confidential.options(args)
+
+
+def test_the_readme_tells_what_was_measured() -> None:
+    """Its first table is two rows of results.json, and every promise in there is met."""
+    root = Path(bench.ROOT)
+    results = Results.model_validate_json((root / "benchmarks/results.json").read_bytes())
+    rows = {row.row: row for row in results.guest}
+    stock, ours, never = rows[STOCK], rows["adaptive"], rows[NONE]
+    held, kept = (format_size(row.mean_stale_bytes) for row in (ours, never))
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert f"| before: stock QEMU | {stock.time_ratio_to_none:.2f} | 0 B |" in text
+    assert f"| after: `adaptive` | {ours.time_ratio_to_none:.2f} | {held}, of never" in text
+    assert f"discarding's {kept} |" in text
+    assert all(target.met for target in results.targets)
