@@ -206,7 +206,8 @@ class Ledger:
         for copy in Copy:
             self._live[copy].subtract(fresh[copy])
             self._live[copy] |= fresh[copy.other]
-        self._push(now_ns, {copy: fresh[copy.other] for copy in Copy})
+        if any(fresh.values()):
+            self._push(now_ns, {copy: fresh[copy.other] for copy in Copy})
         self._front = dict.fromkeys(Copy)
         self._last, self._kept, self._back = Digest(), no_sets(), no_sets()
 

@@ -150,6 +150,17 @@ def test_joined_ages_err_little(steps: list[tuple[int, int]]) -> None:
             assert 0 <= times[page] - cohort.since_ns <= (now - times[page]) / 3 + 1_000_000
 
 
+def test_a_resynchronisation_without_news_changes_no_age() -> None:
+    """What was read as it was known leaves no trace, however many batches are joined later."""
+    told, untold = Ledger(1 << 40), Ledger(1 << 40)
+    told.replace({copy: PageSet() for copy in Copy}, 0)
+    for page in range(2 * LAYERS_MOST):
+        became = make_records([record(page, 1, private=True, deferred=True)])
+        for ledger in (told, untold):
+            ledger.apply(became, (1000 + page) * NSEC)
+    assert told.cohorts(Copy.SHARED) == untold.cohorts(Copy.SHARED)
+
+
 def test_gone_regions_are_forgotten() -> None:
     """After a reset of the guest nothing of the old regions is left; others stay."""
     ledger = Ledger(1 << 30)
