@@ -67,11 +67,11 @@ class ContainedPolicy:
         """The VM is gone, or is left."""
         self._call(lambda policy: policy.detached())
 
-    def decide(self, batch: Batch, ledger: Ledger, pressure: Pressure) -> Decision:
+    def decide(self, batch: Batch, ledger: Ledger, now_ns: int, pressure: Pressure) -> Decision:
         """Its decision; ``eager`` once it has failed. The plugin itself drains what that keeps."""
         begun_ns = self._clock.monotonic_ns()
         decision = self._call(
-            lambda policy: checked(policy.decide(batch, ledger, begun_ns, pressure))
+            lambda policy: checked(policy.decide(batch, ledger, now_ns, pressure))
         )
         self.stats.count_decision(self._clock.monotonic_ns() - begun_ns)
         self.wake_at_ns = decision.wake_at_ns if decision else None

@@ -59,6 +59,7 @@ class Guest:
         """Of the host's budget; None while the host has none."""
         self.ledger = Ledger(self.budget_bytes)
         self._touched = PageSet()
+        self._followed_ns = 0
         self._tell = tell
         self._told_ns: dict[HostEventName, int] = {}
         self.set_budget()
@@ -123,7 +124,7 @@ class Guest:
         """Conversions that the guest has made: into the ledger, the counters and the telemetry."""
         if not len(batch) and not batch.dropped:
             return
-        now_ns = self.clock.monotonic_ns()
+        now_ns = self._followed_ns = self.clock.monotonic_ns()
         self.batches.put(Block(batch.records, batch.dropped, now_ns))
         applied = self.ledger.apply(batch.records, now_ns)
         sizes = batch.records["size"]
@@ -171,9 +172,13 @@ class Guest:
             self.stats.stale_bytes[copy] = self.ledger.bytes_of(copy)
 
     def decide(self, batch: Batch) -> Decision:
-        """The policy's decision; if it fails now, the reason is said once."""
+        """The policy's decision; if it fails now, the reason is said once.
+
+        For the policy it is when the batch was followed: the time in the ledger, and in a trace.
+        """
         before = self.policy.fallen_back
-        decision = self.policy.decide(batch, self.ledger, self.pressure)
+        now_ns = self._followed_ns if len(batch) else self.clock.monotonic_ns()
+        decision = self.policy.decide(batch, self.ledger, now_ns, self.pressure)
         if self.policy.fallen_back != before:
             self._say_fallback(str(self.policy.fallen_back))
         return decision

@@ -180,7 +180,7 @@ class Replay:
         )
 
     def _decide(self, batch: Batch) -> None:
-        decision = self._policy.decide(batch, self._ledger, Pressure())
+        decision = self._policy.decide(batch, self._ledger, self._now_ns, Pressure())
         self._note(self._now_ns)
         ended = self._machine.deferred - decision.defer
         self._machine.deferred = decision.defer

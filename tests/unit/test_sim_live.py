@@ -123,6 +123,7 @@ async def live(folder: Path, listener: Listener, rng: random.Random) -> None:
     ):
         one.session.guest.policy._policy = listener
         await until(lambda: one.session.state == "attached")
+        recorded = one.session.guest.batches.subscribe()
         for _ in range(150):
             for _ in range(rng.randrange(40)):
                 offset = rng.randrange(REGION_PAGES - 8) * PAGE_BYTES
@@ -130,6 +131,9 @@ async def live(folder: Path, listener: Listener, rng: random.Random) -> None:
                 plugin.convert(1, offset, size, to_private=rng.random() < 0.5)
             await asyncio.sleep(rng.choice([0.001, 0.01, 0.1, 1.0]))
         await asyncio.sleep(60)
+        asked = [(len(batch), now_ns) for batch, now_ns in listener.asked if len(batch)]
+        blocks = [await anext(recorded) for _ in asked]
+    assert [(len(block.records), block.now_ns) for block in blocks] == asked
 
 
 @pytest.mark.parametrize(
