@@ -90,12 +90,19 @@ def replay(timeline: Timeline, policy: Policy, budget_bytes: int = UNLIMITED) ->
 
 
 def _recorded_reads(run: "Replay") -> Iterator[Read]:
-    """As when the trace was recorded; between, the policy is woken when it asks to be."""
-    now_ns = run.timeline.start_ns
+    """As when the trace was recorded; between, the policy is woken when it asks to be.
+
+    Not while the daemon was about to read: then the next read is when it could act.
+    """
+    now_ns, times = run.timeline.start_ns, run.timeline.time_ns
     for read in (*run.timeline.reads, None):
         until_ns = run.timeline.end_ns if read is None else read.now_ns
-        while run.wake_ns is not None and max(run.wake_ns, now_ns + SOONEST_NS) < until_ns:
-            now_ns = max(run.wake_ns, now_ns + SOONEST_NS)
+        first_ns = int(times[run.at]) if run.at < len(times) else until_ns
+        while run.wake_ns is not None:
+            due_ns = max(run.wake_ns, now_ns + SOONEST_NS)
+            if due_ns >= min(first_ns, until_ns):
+                break
+            now_ns = due_ns
             yield Read(run.at, now_ns, 0)
         now_ns = max(now_ns, until_ns)
         if read is not None:

@@ -311,12 +311,13 @@ def hot_page(count: int, gap_ns: int) -> Timeline:
 class Watching(Policy):
     """Keeps everything, and remembers what it was asked, and when it was there."""
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    def __init__(self, fails_at: int | None = None, wakes_after_ns: int | None = None) -> None:
         super().__init__(Parameters())
         self.seen: list[tuple[Batch, int]] = []
         self.entered: list[int] = []
         self.life: list[str] = []
         self.fails_at = fails_at
+        self._wakes_after_ns = wakes_after_ns
 
     def decide(
         self,
@@ -331,7 +332,9 @@ class Watching(Policy):
         self.entered.append(sum(int(ledger.entered(copy).pages.sum()) for copy in Copy))
         if len(self.seen) == self.fails_at:
             raise KeyError("oops")
-        return Decision(frozenset(Copy))
+        after_ns = self._wakes_after_ns
+        wake_at_ns = None if after_ns is None else now_ns + after_ns
+        return Decision(frozenset(Copy), wake_at_ns=wake_at_ns)
 
     def attached(self, ledger: LedgerView, now_ns: int) -> None:
         """Noted."""
@@ -386,6 +389,17 @@ def test_a_policy_that_fails_is_replaced_by_eager() -> None:
     assert policy.life[-1] == "asked"
     assert (outcome.account.deferred_pages, outcome.account.inline_pages) == (2, 8)
     assert outcome.final_stale_bytes == 0
+
+
+def test_a_daemon_that_is_about_to_read_is_not_woken_before() -> None:
+    """What was converted and not yet read says that it was on its way; in a pause it is woken."""
+    rows = [(1, 0, PAGE_BYTES, i % 2, 0, at * MSEC, 1) for i, at in enumerate((0, 1, 50))]
+    policy = Watching(wakes_after_ns=10 * MSEC)
+    replay(
+        Timeline(make_records(rows), reads=(Read(2, 5 * MSEC, 0), Read(3, 60 * MSEC, 0))), policy
+    )
+    asked = [(len(batch), now_ns // MSEC) for batch, now_ns in policy.seen]
+    assert asked == [(0, 0), (2, 5), (0, 15), (0, 25), (0, 35), (0, 45), (1, 60)]
 
 
 def test_empty_traces_are_refused() -> None:
