@@ -114,6 +114,10 @@ class Run:
                 "-display",
                 "none",
                 "-no-reboot",
+                "-device",
+                "pvpanic",
+                "-action",
+                "panic=pause",
                 "-S",
                 "-bios",
                 self.job["firmware"],
@@ -202,8 +206,12 @@ class Run:
                 self.killed = True
             if self.scenario.plugin:
                 self.query()
-            if self.monitor.cmd("query-status")["status"] == "internal-error":
+            status = self.monitor.cmd("query-status")["status"]
+            if status == "internal-error":
                 raise RuntimeError("the guest's processor failed: KVM internal error")
+            if status == "guest-panicked":
+                self.catch_up()
+                self.monitor.cmd("cont")
             return self.guest_output.exists() and "}" in self.guest_output.read_text()
 
         if not wait_until(reported, GUEST_SECONDS + FLIP_SECONDS * self.scenario.flips):

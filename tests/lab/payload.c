@@ -3,7 +3,8 @@
  * The guest: shares and unshares its memory as a confidential guest does, and checks at every step
  * that nobody touched what it had written. Freestanding, 32 bits, no paging.
  *
- * Command line: workload=flip|ovmf|swiotlb|boot|random|selftest vcpus=N flips=N seed=N backing=one|two
+ * Command line: workload=flip|ovmf|swiotlb|boot|random|paced|selftest vcpus=N flips=N seed=N
+ * backing=one|two
  * Output, on port 0xe9 when the work is done: one line of JSON. Then it halts for ever.
  *
  * The rule it checks: what was written to a page while it was private (or shared) is there until
@@ -19,9 +20,14 @@
 #define AREA_PAGES (192u * CHUNK_PAGES / 2)   /* 192 MiB */
 #define VCPUS_MAX 8
 #define BOOT_BUFFER_USES 5000u
+#define HOT_PAGES 16u                 /* what a burst of the paced guest shares and takes back */
+#define BLOCK_PAGES 32u               /* what it ends with */
+#define BLOCKS 8u
 #define STRIDE 64                     /* in words: one in each 256 bytes of a page is checked */
 
 #define DEBUG_PORT 0xe9
+#define PVPANIC_PORT 0x505
+#define PVPANIC_PANICKED 1
 #define APIC 0xfee00000u
 #define TRAMPOLINE 0x8000u
 #define HC_MAP_GPA_RANGE 12
@@ -293,6 +299,32 @@ static void work_random(uint32_t id)
     }
 }
 
+/* Its host stops it here, and lets it go on when all that it did has been dealt with. */
+static void rest(void)
+{
+    out8(PVPANIC_PORT, PVPANIC_PANICKED);
+}
+
+/* Bursts of transfers, each ended by a block, the blocks in turn and a rest after each: whoever acts
+ * on stale bytes then acts while the guest rests, since only a block brings more of them. */
+static void work_paced(uint32_t id)
+{
+    if (id) {
+        return;
+    }
+    convert(0, CHUNK_PAGES, PRIVATE);
+    for (uint32_t i = 0; i < flips; i++) {
+        uint32_t block = HOT_PAGES + i % BLOCKS * BLOCK_PAGES;
+
+        for (uint32_t page = 0; page < HOT_PAGES; page++) {
+            convert(page, 1, SHARED);
+            convert(page, 1, PRIVATE);
+        }
+        convert(block, BLOCK_PAGES, i / BLOCKS % 2 ? PRIVATE : SHARED);
+        rest();
+    }
+}
+
 /* Changes memory behind the checker's back: it has to notice. */
 static void work_selftest(uint32_t id)
 {
@@ -317,6 +349,8 @@ static void work(uint32_t id)
         work_boot(id);
     } else if (equal(workload, "random")) {
         work_random(id);
+    } else if (equal(workload, "paced")) {
+        work_paced(id);
     } else {
         work_selftest(id);
     }

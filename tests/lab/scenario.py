@@ -12,9 +12,13 @@ FLIPS = {
     "swiotlb": 5000,
     "boot": 5100,
     "random": 20000,
+    "paced": 24,
     "selftest": 1,
 }
+"""``paced`` is not offered by name: it waits for a daemon that keeps up with it."""
 LEASE_SECONDS = 2.0
+RECORDED_LEASE_SECONDS = 30.0
+"""A lease that runs out on a busy machine would be a decision that is not the policy's."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,9 @@ class Scenario:
 
     ``backing`` "one": the guest does its work on memory that it never converts. ``counted``: in the
     lab, time is instructions executed by one processor, and idle time costs none; see machine.py.
-    ``record``: a trace. ``totals``: and what the daemon says of it. ``patience_seconds``: how long
-    it may take.
+    ``record``: a trace. ``totals``: and what the daemon says of it. The guest
+    "paced" rests until the daemon has dealt with what it did. ``patience_seconds``: how long it may
+    take.
     """
 
     policy: str = "eager"
@@ -58,10 +63,13 @@ class Scenario:
             "none": 'name = "eager", copies = "none"',
             "lazy": 'name = "lazy", max_age = "2 s"',
             "batched": 'name = "batched", max_bytes = "4 MiB", max_delay = "200 ms"',
+            "lazy-bytes": 'name = "lazy", max_age = "1 h", pressure = 100',
+            "batched-bytes": 'name = "batched", max_bytes = "512 KiB", max_delay = "1 h"',
         }[self.policy]
+        lease = RECORDED_LEASE_SECONDS if self.record else LEASE_SECONDS
         return (
             f'[telemetry]\ndirectory = "{directory}"\n[control]\nsocket = "{socket}.control"\n'
             f'[metrics]\nlisten = "127.0.0.1:0"\n'
             f'[vms.{self.name}]\nsocket = "{socket}"\nbudget = "{self.budget_text}"\n'
-            f'lease = "{LEASE_SECONDS} s"\nnotify = "20 ms"\npolicy = {{ {policy} }}\n'
+            f'lease = "{lease} s"\nnotify = "20 ms"\npolicy = {{ {policy} }}\n'
         )
