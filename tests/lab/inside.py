@@ -201,7 +201,8 @@ class Run:
 
         def reported() -> bool:
             kill_at = self.scenario.kill_daemon_after
-            if kill_at is not None and not self.killed and time.monotonic() - start >= kill_at:
+            due = kill_at is not None and time.monotonic() - start >= kill_at
+            if due and not self.killed and self.telemetry.exists():
                 self.daemon.kill()
                 self.killed = True
             if self.scenario.plugin:

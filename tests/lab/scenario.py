@@ -61,7 +61,7 @@ class Scenario:
         policy = {
             "eager": 'name = "eager"',
             "none": 'name = "eager", copies = "none"',
-            "lazy": 'name = "lazy", max_age = "2 s"',
+            "lazy": 'name = "lazy", max_age = "2 s", pressure = 100',
             "batched": 'name = "batched", max_bytes = "4 MiB", max_delay = "200 ms"',
             "lazy-bytes": 'name = "lazy", max_age = "1 h", pressure = 100',
             "batched-bytes": 'name = "batched", max_bytes = "512 KiB", max_delay = "1 h"',
