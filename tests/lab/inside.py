@@ -257,6 +257,18 @@ class Run:
         if not wait_until(lambda: self.told.is_done(self.query()), SETTLE_SECONDS):
             raise RuntimeError(f"the daemon does not come to an end: {self.query()}")
 
+    def counted(self) -> dict[str, Any]:
+        """The plugin's state, once the daemon has the same: what is skipped is counted late."""
+        states: list[dict[str, Any]] = []
+
+        def has_counted() -> bool:
+            states.append(self.query())
+            return self.told.has_counted(states[-1]["counters"])
+
+        if not wait_until(has_counted, SETTLE_SECONDS):
+            raise RuntimeError("the daemon never has the plugin's counters")
+        return states[-1]
+
     def settle(self) -> dict[str, Any]:
         """Until the ledger is empty, where it should become so, and telemetry has all."""
         if self.killed:
@@ -274,10 +286,8 @@ class Run:
                 ),
                 SETTLE_SECONDS,
             )
-        if self.scenario.totals and not wait_until(
-            lambda: self.told.has_counted(final["counters"]), SETTLE_SECONDS
-        ):
-            raise RuntimeError("the daemon never has the plugin's counters")
+        if self.scenario.totals:
+            final = self.counted()
         return final
 
     def stop_daemon(self) -> tuple[int, float]:
