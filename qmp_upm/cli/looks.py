@@ -233,8 +233,10 @@ async def follow(
             count,
         )
     else:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+        watching = asyncio.current_task()
+        assert watching is not None  # noqa: S101 - it runs
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, watching.cancel)
         with Live(console=console, screen=True, auto_refresh=False) as live:
             await watch(
                 poll,

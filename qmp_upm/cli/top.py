@@ -47,6 +47,6 @@ def top(
 
     try:
         asyncio.run(follow(socket, interval, sort, 1 if once else count, as_json))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         # How one ends it.
         return

@@ -42,7 +42,7 @@ def fallen_back(what: Callable[[], None], patch: pytest.MonkeyPatch, **limits: f
     for name, value in limits.items():
         patch.setattr(contained, name, value)
     policy = ContainedPolicy(Doing(what), VmStats(), Clock())
-    policy.decide(Batch(), Ledger(0), Pressure())
+    policy.decide(Batch(), Ledger(0), 0, Pressure())
     return policy.fallen_back
 
 
