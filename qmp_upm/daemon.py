@@ -24,6 +24,8 @@ TELEMETRY_SECONDS = 0.5
 """How long the disk may take with the last lines, when the VMs have been left."""
 
 log = structlog.get_logger()
+FULL_COLLECTION_EVERY = 1000
+"""Of the collections of what is young: some twenty minutes of a busy host."""
 
 
 class _Signals:
@@ -100,8 +102,9 @@ def serve(config: Config, files: PressureFiles) -> None:
         ) from error
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # What is imported stays: a collection, for which all VMs wait, need not look at it.
+    # All VMs wait for a full collection: it is made rare, and what is imported is left out of it.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION_EVERY)
     with closing(notifier()) as manager:
         asyncio.run(_serve(config, files, manager))

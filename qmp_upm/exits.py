@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where conversions come from: the plugin's record, read from a cursor on."""
 
-import numpy as np
-
 from qmp_upm.errors import MessageError
 from qmp_upm.pages import PageSet, Range
 from qmp_upm.policy import Batch
@@ -10,8 +8,6 @@ from qmp_upm.protocol import READ_MOST, Copy, Query, Read, StaleRanges, read_mes
 from qmp_upm.qmp import Monitor
 from qmp_upm.records import Records
 
-READS_MOST = 16
-"""Replies taken in one go, so that a guest that floods can't keep its session from deciding."""
 RAM_MOST = 1 << 45
 """Bytes of guest RAM that a VM may say it has: memory of ours is spent on knowing its pages."""
 STALE_MOST = 4096
@@ -48,29 +44,25 @@ class PluginExits:
         self.cursor = cursor
 
     async def read(self) -> Batch:
-        """What has been recorded since; ``drained`` says whether that was all."""
-        parts: list[Records] = []
-        dropped = 0
-        for _ in range(READS_MOST):
-            answer = await self._monitor.execute(
-                "x-upm-read", {"cursor": self.cursor, "max": READ_MOST}
+        """What has been recorded since, or the first of it; ``drained`` says whether it was all.
+
+        One reply: a guest that floods can't keep its session from deciding, nor others from theirs.
+        """
+        answer = await self._monitor.execute(
+            "x-upm-read", {"cursor": self.cursor, "max": READ_MOST}
+        )
+        read = read_message(Read, answer)
+        if read.cursor != self.cursor + read.dropped + len(read.records):
+            raise MessageError(
+                f"x-upm-read: the cursor goes from {self.cursor} to {read.cursor} with "
+                f"{len(read.records)} records and {read.dropped} dropped",
+                hint="the VM's QEMU or plugin is faulty; restart the VM",
             )
-            read = read_message(Read, answer)
-            if read.cursor != self.cursor + read.dropped + len(read.records):
-                raise MessageError(
-                    f"x-upm-read: the cursor goes from {self.cursor} to {read.cursor} with "
-                    f"{len(read.records)} records and {read.dropped} dropped",
-                    hint="the VM's QEMU or plugin is faulty; restart the VM",
-                )
-            if len(read.records):
-                await self._check(read.records)
-            parts.append(read.records)
-            dropped += read.dropped
-            self.cursor = read.cursor
-            self.drained = len(read.records) < READ_MOST
-            if self.drained:
-                break
-        return Batch(parts[0] if len(parts) == 1 else np.concatenate(parts), dropped)
+        if len(read.records):
+            await self._check(read.records)
+        self.cursor = read.cursor
+        self.drained = len(read.records) < READ_MOST
+        return Batch(read.records, read.dropped)
 
     async def _check(self, records: Records) -> None:
         """Every range lies in a region that is, or has been, there."""

@@ -21,8 +21,8 @@ PROTOCOL = 1
 COMMANDS = frozenset(
     {"x-upm-query", "x-upm-configure", "x-upm-read", "x-upm-stale", "x-upm-discard"}
 )
-READ_MOST = 4096
-"""Records asked for at a time: a reply stays below a megabyte."""
+READ_MOST = 1024
+"""Records asked for at a time. They are worked off in one go, for which all other VMs wait."""
 STALE_MOST = 16384
 """Ranges that a reply of x-upm-stale has at most."""
 
