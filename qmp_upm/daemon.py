@@ -24,8 +24,9 @@ TELEMETRY_SECONDS = 0.5
 """How long the disk may take with the last lines, when the VMs have been left."""
 
 log = structlog.get_logger()
-FULL_COLLECTION_EVERY = 1000
-"""Of the collections of what is young: some twenty minutes of a busy host."""
+FULL_COLLECTION_EVERY = 100
+"""Of the collections of what is young: some two minutes of a busy host. What a VM's restarts leave
+waits for it."""
 
 
 class _Signals:
