@@ -149,7 +149,9 @@ class DaemonProcess:
             [str(program), "run", "--config", str(self._folder / "config.toml")], stderr=self._log
         )
         self.pid = self._process.pid
-        self._control = dial(self._folder / "control")
+        self._control = dial(
+            self._folder / "control", lambda: self._process.poll() is None, WAIT_SECONDS
+        )
 
     def view(self) -> Any:
         """Of the VM, as query-vm shows it."""
