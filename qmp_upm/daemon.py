@@ -24,9 +24,6 @@ TELEMETRY_SECONDS = 0.5
 """How long the disk may take with the last lines, when the VMs have been left."""
 
 log = structlog.get_logger()
-FULL_COLLECTION_EVERY = 100
-"""Of the collections of what is young: some two minutes of a busy host. What a VM's restarts leave
-waits for it."""
 
 
 class _Signals:
@@ -103,9 +100,8 @@ def serve(config: Config, files: PressureFiles) -> None:
         ) from error
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # All VMs wait for a full collection: it is made rare, and what is imported is left out of it.
+    # What is imported stays: a collection, for which all VMs wait, need not look at it.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION_EVERY)
     with closing(notifier()) as manager:
         asyncio.run(_serve(config, files, manager))
