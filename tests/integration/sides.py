@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def opened(pid: int) -> tuple[int, int]:
     return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
 
 
-class _Vm:
+class _Vm(ABC):
     """With two monitors in ``folder``: ``qmp`` of the test's own, and the daemon's."""
 
     monitor = "second"
@@ -52,8 +53,9 @@ class _Vm:
             (self._folder / name).unlink(missing_ok=True)
         self._begin()
 
+    @abstractmethod
     def _begin(self) -> None:
-        raise NotImplementedError
+        """Start it, and be able to talk to it."""
 
 
 class RealVm(_Vm):

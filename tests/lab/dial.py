@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The monitor of a QEMU that has just been started."""
+"""The monitor of a QEMU, or the control socket of a daemon, that has just been started."""
 
 import time
 from collections.abc import Callable
@@ -12,9 +12,9 @@ POLL_SECONDS = 0.02
 
 
 def dial(path: Path, alive: Callable[[], bool], seconds: float) -> QEMUMonitorProtocol:
-    """A client of it, once QEMU listens, which it does a moment after the socket is there.
+    """A client of it, once somebody listens, which is a moment after the socket is there.
 
-    RuntimeError if QEMU is not ``alive``, or takes longer than ``seconds``.
+    RuntimeError if that one is not ``alive``, or takes longer than ``seconds``.
     """
     end = time.monotonic() + seconds
     while alive() and time.monotonic() < end:
@@ -27,4 +27,4 @@ def dial(path: Path, alive: Callable[[], bool], seconds: float) -> QEMUMonitorPr
             else:
                 return client
         time.sleep(POLL_SECONDS)
-    raise RuntimeError("QEMU did not start")
+    raise RuntimeError(f"nobody has begun to listen on {path}")
