@@ -23,6 +23,8 @@ COMMANDS = frozenset(
 )
 READ_MOST = 1024
 """Records asked for at a time. They are worked off in one go, for which all other VMs wait."""
+RING_RECORDS = 16384
+"""Records that the plugin keeps for a daemon that doesn't read: ``plugin/upm.h``."""
 STALE_MOST = 16384
 """Ranges that a reply of x-upm-stale has at most."""
 

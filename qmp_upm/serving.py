@@ -18,7 +18,17 @@ from qmp_upm.exits import PluginExits
 from qmp_upm.guest import Guest
 from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.policy import Batch, Discard
-from qmp_upm.protocol import COMMANDS, PROTOCOL, BudgetReached, Copy, Discarded, Event, Query
+from qmp_upm.protocol import (
+    COMMANDS,
+    PROTOCOL,
+    READ_MOST,
+    RING_RECORDS,
+    BudgetReached,
+    Copy,
+    Discarded,
+    Event,
+    Query,
+)
 from qmp_upm.qmp import Monitor
 from qmp_upm.units import NSEC
 
@@ -151,7 +161,7 @@ class Serving:
 
     async def flush(self, copy: Copy | None, done: asyncio.Future[int]) -> None:
         """Discard what is stale now; ``done`` is told the bytes when the plugin has."""
-        self._follow(await self._exits.read())
+        await self._catch_up()
         flush = _Flush(done)
         self._flushes.append(flush)
         for side in Copy if copy is None else (copy,):
@@ -267,6 +277,13 @@ class Serving:
         self._stale_counters |= len(batch) > 0 or batch.dropped > 0
         self._guest.follow(batch, self._exits.cursor)
 
+    async def _catch_up(self) -> None:
+        """Follow all that the plugin has on record by now, however fast the guest goes on."""
+        for _ in range(RING_RECORDS // READ_MOST):
+            self._follow(await self._exits.read())
+            if self._exits.drained:
+                return
+
     async def _resynchronise(self) -> None:
         """Read the plugin's ledger. MessageError if it has no end."""
         try:
@@ -336,7 +353,7 @@ class Serving:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._backend.configure(frozenset())
                 await self._settle()
-                self._follow(await self._exits.read())
+                await self._catch_up()
                 query = await self._exits.query()
                 self._take(query)
                 self._guest.telemetry.line("detached", counters=query.counters)

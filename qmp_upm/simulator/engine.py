@@ -18,7 +18,7 @@ from qmp_upm.contained import ContainedPolicy
 from qmp_upm.ledger import Ledger
 from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Policy, Pressure
-from qmp_upm.protocol import Copy
+from qmp_upm.protocol import RING_RECORDS, Copy
 from qmp_upm.records import Records
 from qmp_upm.simulator.machine import Account, Machine
 from qmp_upm.simulator.timeline import Timeline
@@ -28,8 +28,6 @@ from qmp_upm.units import NSEC
 
 UNLIMITED = 1 << 62
 """A budget, in bytes, that nobody reaches."""
-RING_RECORDS = 16384
-"""What the plugin keeps for a daemon that doesn't read: ``plugin/upm.h``."""
 SOONEST_NS = NSEC // 1000
 """The session waits at least that long between two decisions: ``qmp_upm.vm``."""
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from qmp_upm import __version__
 from qmp_upm.pages import PAGE_BYTES
-from qmp_upm.protocol import COMMANDS, PROTOCOL, Copy
+from qmp_upm.protocol import COMMANDS, PROTOCOL, RING_RECORDS, Copy
 from qmp_upm.testing.ledger import FakeLedger, FakeRegion
 from qmp_upm.testing.peer import ReplyError
-from qmp_upm.testing.ring import RING_RECORDS, FakeRing
+from qmp_upm.testing.ring import FakeRing
 from qmp_upm.testing.worker import MSEC, FakeRequest, FakeWorker
 
 REQUESTS_MOST = 16

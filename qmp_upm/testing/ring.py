@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A model of the plugin's record of conversions: plugin/ring.c."""
 
-RING_RECORDS = 16384
-"""As many as the plugin keeps."""
+from qmp_upm.protocol import RING_RECORDS
 
 
 class FakeRing:

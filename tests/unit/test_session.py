@@ -18,7 +18,7 @@ from qmp_upm.errors import PolicyError, UnavailableError
 from qmp_upm.events import HostEventName
 from qmp_upm.pages import PageSet
 from qmp_upm.policy import Batch, Decision, Discard, Policy
-from qmp_upm.protocol import Copy
+from qmp_upm.protocol import READ_MOST, Copy
 from qmp_upm.qmp import Monitor
 from qmp_upm.stats import State
 from qmp_upm.testing import Close, Drop, FakeQemu, FakeVm, Flood, Garbage, ReplyError, Script
@@ -423,6 +423,28 @@ async def test_flush_gives_back_and_counts(tmp_path: Path) -> None:
             Copy.PRIVATE: {"flush": 2 * PAGE},
             Copy.SHARED: {"flush": 5 * PAGE},
         }
+
+
+async def test_a_backlog_is_followed_to_its_end(tmp_path: Path) -> None:
+    """A flush, and a VM that is left, know of all that is on record, more than one reply has."""
+    many = 3 * READ_MOST
+    slow = {"policy": KEEP, "notify": "100 s", "lease": "300 s"}
+    async with fake_vm().listening(tmp_path / "sock") as peer:
+
+        def convert(*, to_private: bool) -> None:
+            for page in range(many):
+                peer.plugin.convert(1, 2 * page * PAGE, PAGE, to_private=to_private)
+
+        async with running(tmp_path, **slow) as run:
+            stats = run.session.guest.stats
+            await until(lambda: run.session.state is State.ATTACHED)
+            peer.plugin.convert(1, 63 * MIB, PAGE, to_private=True)
+            await until(lambda: stats.followed_conversions == 1)  # the next bell is far away
+            convert(to_private=True)
+            assert await run.session.ask(Flush(None)) == (many + 1) * PAGE
+            assert stats.followed_conversions == many + 1
+            convert(to_private=False)
+        assert stats.followed_conversions == 2 * many + 1
 
 
 async def test_what_needs_the_vm_is_unavailable_without(tmp_path: Path) -> None:
