@@ -2,13 +2,13 @@
 """The daemon: the host's VMs, and what is around them, until a signal."""
 
 import asyncio
-import gc
 import resource
 import signal
 from contextlib import AsyncExitStack, closing, suppress
 
 import structlog
 
+from qmp_upm import memory
 from qmp_upm.config import Config
 from qmp_upm.control import ControlServer
 from qmp_upm.errors import ConfigError
@@ -73,6 +73,7 @@ async def _serve(config: Config, files: PressureFiles, manager: Notifier) -> Non
         tasks = [
             asyncio.create_task(host.run()),
             asyncio.create_task(lag.run(lambda s: manager.beat(s, lambda: _status(host)))),
+            asyncio.create_task(memory.collect_regularly()),
             asyncio.create_task(signals.stop.wait()),
         ]
         manager.ready(_status(host))
@@ -100,8 +101,6 @@ def serve(config: Config, files: PressureFiles) -> None:
         ) from error
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # What is imported stays: a collection, for which all VMs wait, need not look at it.
-    gc.collect()
-    gc.freeze()
+    memory.settle()
     with closing(notifier()) as manager:
         asyncio.run(_serve(config, files, manager))

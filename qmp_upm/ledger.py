@@ -16,7 +16,7 @@ misses one for longer than a resynchronisation takes.
 
 import heapq
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,13 +34,13 @@ SAMPLED_RETURNS = 2048
 """Of the runs that came back, at most so many are looked up, and of flips within a batch told."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Layer:
     """Pages whose conversion, at about this time, made one copy or the other live."""
 
     time_ns: int
     live: dict[Copy, PageSet]
-    spent: set[Copy] = field(default_factory=set)
+    spent: frozenset[Copy] = frozenset()
     """Copies of which no page is as old as this layer, nor will be again."""
     swept: bool = True
     """In this sweep, or too new for it."""
@@ -243,7 +243,7 @@ class Ledger:
                 pages.subtract(newer.live[copy.other])
             if pages:
                 return Cohort(layer.time_ns, copy, pages)
-            layer.spent.add(copy)
+            layer.spent |= {copy}
         return None
 
     def _push(self, now_ns: int, live: dict[Copy, PageSet]) -> None:

@@ -73,6 +73,8 @@ def _to_runs(bitmap: BitMap) -> tuple[Ints, Ints]:
 class PageSet:
     """A mutable set of pages of several regions."""
 
+    __slots__ = ("_regions",)
+
     def __init__(self, regions: Mapping[int, BitMap] | None = None) -> None:
         self._regions = {} if regions is None else dict(regions)
 
