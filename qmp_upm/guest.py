@@ -122,8 +122,6 @@ class Guest:
 
     def follow(self, batch: Batch, cursor: int) -> None:
         """Conversions that the guest has made: into the ledger, the counters and the telemetry."""
-        if not len(batch) and not batch.dropped:
-            return
         now_ns = self._followed_ns = self.clock.monotonic_ns()
         self.batches.put(Block(batch.records, batch.dropped, now_ns))
         applied = self.ledger.apply(batch.records, now_ns)

@@ -42,8 +42,8 @@ RANGES_LEAST = 1 << 18
 """Ranges of a ledger that are read whatever the budget."""
 TURN_SECONDS = 0.002
 """The least time from one turn to the next, while the plugin has no backlog."""
-REFRESH_SECONDS = 2.0
-"""How old the plugin's counters may be while they change."""
+REFRESH_SECONDS = 3.0
+"""How old the plugin's counters may be after they have changed."""
 DRAIN_SECONDS = 2.0
 """How long the plugin may take to give back what is above a smaller budget."""
 
@@ -86,8 +86,9 @@ class Serving:
         )
         self._flushes: list[_Flush] = []
         self._ask_policy = True
-        self._stale_counters = False
-        self._read_ns = self._query_ns = self._turn_ns = guest.clock.monotonic_ns()
+        self._turn_ns = guest.clock.monotonic_ns()
+        self._renew_ns = self._next_renewal_ns()
+        self._refresh_ns: int | None = None
 
     def _settings(self) -> Settings:
         settings = self._guest.settings
@@ -173,16 +174,17 @@ class Serving:
     def _wait_seconds(self) -> float:
         if not self._exits.drained:
             return 0.0
-        due = self._renewal_ns()
-        if self._guest.policy.wake_at_ns is not None:
-            due = min(due, self._guest.policy.wake_at_ns)
-        if self._stale_counters:
-            due = min(due, self._query_ns + int(REFRESH_SECONDS * NSEC))
+        dues = (self._renew_ns, self._refresh_ns, self._guest.policy.wake_at_ns)
+        due = min(ns for ns in dues if ns is not None)
         return max((due - self._guest.clock.monotonic_ns()) / NSEC, TURN_SECONDS)
 
-    def _renewal_ns(self) -> int:
-        """When the lease has to be renewed, by a read."""
-        return self._read_ns + int(self._guest.settings.lease / 3 * NSEC)
+    def _next_renewal_ns(self) -> int:
+        return self._in(self._guest.settings.lease / 3)
+
+    def _in(self, seconds: float) -> int:
+        """After so long at most: VMs that do the same at the same time don't come all at once."""
+        clock = self._guest.clock
+        return clock.monotonic_ns() + int(clock.jittered(seconds) * NSEC)
 
     async def _pace(self) -> None:
         """A peer that sends events without end gets no more turns than others."""
@@ -202,7 +204,7 @@ class Serving:
         batch = Batch()
         if self._wants_read(events):
             batch = await self._exits.read()
-            self._read_ns = self._guest.clock.monotonic_ns()
+            self._renew_ns = self._next_renewal_ns()
             self._follow(batch)
         if stale or batch.dropped:
             await self._resynchronise()
@@ -219,7 +221,7 @@ class Serving:
         return (
             any(event.event == "X_UPM_CONVERSIONS" for event in events)
             or not self._exits.drained
-            or self._guest.clock.monotonic_ns() >= self._renewal_ns()
+            or self._guest.clock.monotonic_ns() >= self._renew_ns
             or self._wants_decision(Batch())
         )
 
@@ -263,19 +265,22 @@ class Serving:
             await self._resynchronise()
 
     async def _refresh(self) -> None:
-        """The plugin's counters, when they are old and have changed."""
-        due_ns = self._query_ns + int(REFRESH_SECONDS * NSEC)
-        if self._stale_counters and self._guest.clock.monotonic_ns() >= due_ns:
+        """The plugin's counters, some time after they have changed."""
+        if self._refresh_ns is not None and self._guest.clock.monotonic_ns() >= self._refresh_ns:
             self._take(await self._exits.query())
+
+    def _want_refresh(self) -> None:
+        if self._refresh_ns is None:
+            self._refresh_ns = self._in(REFRESH_SECONDS)
 
     def _take(self, query: Query) -> None:
         self._guest.take(query)
-        self._stale_counters = False
-        self._query_ns = self._guest.clock.monotonic_ns()
+        self._refresh_ns = None
 
     def _follow(self, batch: Batch) -> None:
-        self._stale_counters |= len(batch) > 0 or batch.dropped > 0
-        self._guest.follow(batch, self._exits.cursor)
+        if len(batch) or batch.dropped:
+            self._want_refresh()
+            self._guest.follow(batch, self._exits.cursor)
 
     async def _catch_up(self) -> None:
         """Follow all that the plugin has on record by now, however fast the guest goes on."""
@@ -310,7 +315,7 @@ class Serving:
         if isinstance(event.data, Discarded):
             self._on_discarded(event.data)
         elif isinstance(event.data, BudgetReached):
-            self._stale_counters = True
+            self._want_refresh()
             self._guest.tell_rarely(
                 HostEventName.BUDGET_REACHED, stale=event.data.stale, budget=event.data.budget
             )
@@ -329,7 +334,7 @@ class Serving:
         request = self._backend.complete(done)
         if request is None:
             return
-        self._stale_counters = True
+        self._want_refresh()
         stats, discard = self._guest.stats, request.discard
         stats.count_discard(discard.copy, discard.reason, done.discarded, done.skipped)
         stats.failed_discards += done.error is not None
