@@ -28,6 +28,8 @@ WINDOW_RUNS = 256
 TURN_VMS = 8
 PASS_SECONDS = 0.01
 """Between two looks at who has something to convert."""
+SETTLE_SECONDS = 2.0
+"""How long the daemon may take to react to the last of a load."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class TimedPlugin(FakePlugin):
         self.convert(1, at * (size + PAGE), size, to_private=unshare, count=pages)
         self._runs += 1
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether it waits for a reaction, of a daemon that has shown some."""
+        return self._since_ns is not None and bool(self.reactions_ns)
+
     def totals(self) -> dict[str, int]:
         """Conversions, records, drops and expired leases so far."""
         counters, ring = self.ledger.counters, self.ledger.ring
@@ -100,6 +107,14 @@ async def put_load(plugins: list[TimedPlugin], load: Load) -> None:
         await asyncio.sleep(PASS_SECONDS)
 
 
+async def settle(plugins: list[TimedPlugin]) -> None:
+    """Wait for the last reactions, which are this load's and not the next one's."""
+    for _ in range(round(SETTLE_SECONDS / PASS_SECONDS)):
+        if not any(plugin.unanswered for plugin in plugins):
+            return
+        await asyncio.sleep(PASS_SECONDS)
+
+
 async def serve(folder: Path, first: int, count: int) -> None:
     """Until the input ends."""
     plugins = [TimedPlugin() for _ in range(count)]
@@ -110,7 +125,7 @@ async def serve(folder: Path, first: int, count: int) -> None:
         for i, plugin in enumerate(plugins, first):
             vm = FakeVm(plugin, name=f"vm-{i:03}")
             await stack.enter_async_context(vm.listening(folder / f"vm-{i:03}.monitor"))
-        gc.freeze()
+        gc.disable()  # it would look at all the records, which are lists
         print("ready", flush=True)
         while line := await reader.readline():
             before = [plugin.totals() for plugin in plugins]
@@ -122,6 +137,7 @@ async def serve(folder: Path, first: int, count: int) -> None:
                 key: sum(t[key] for t in after) - sum(t[key] for t in before) for key in after[0]
             }
             report["fakes_cpu_percent"] = round(100 * (time.process_time() - cpu) / seconds)
+            await settle(plugins)
             reactions = sorted(ns for plugin in plugins for ns in plugin.reactions_ns)
             for plugin in plugins:
                 plugin.reactions_ns.clear()
