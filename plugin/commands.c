@@ -3,82 +3,15 @@
  * The QMP commands. Each reads its arguments whole and refuses what it doesn't know before it
  * changes anything. All may run out of band.
  */
-#include "json.h"
+#include "arguments.h"
 #include "upm.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #define READ_MOST RING_RECORDS
 #define STALE_MOST 16384
 #define RANGES_MOST 16384
 #define MS_MOST (24 * 3600 * 1000)
-
-/* The arguments, if they are an object that has only the named members; otherwise an error. */
-static struct json *arguments(struct qdict *dict, const char *const *known, char **text,
-                              struct qerror **error)
-{
-    struct json *args;
-
-    *text = qemu_arguments(dict);
-    args = *text ? json_parse(*text) : NULL;
-    if (!args || args->type != JSON_OBJECT) {
-        qemu_fail(error, "cannot read the arguments: too deep, or no memory");
-        goto fail;
-    }
-    for (const struct json *v = args->first; v; v = v->next) {
-        unsigned i = 0;
-
-        while (known[i] && !(strlen(known[i]) == v->key_length
-                             && !memcmp(known[i], v->key, v->key_length))) {
-            i++;
-        }
-        if (!known[i]) {
-            qemu_fail(error, "Parameter '%.*s' is unexpected", (int)v->key_length, v->key);
-            goto fail;
-        }
-    }
-    return args;
-fail:
-    json_free(args);
-    free(*text);
-    *text = NULL;
-    return NULL;
-}
-
-static bool get_int(const struct json *args, const char *name, int64_t least, int64_t most,
-                    int64_t *value, struct qerror **error)
-{
-    const struct json *v = json_get(args, name);
-
-    if (!v || v->type != JSON_INT || v->integer < least || v->integer > most) {
-        qemu_fail(error, "Parameter '%s' expects an integer from %lld to %lld", name,
-                  (long long)least, (long long)most);
-        return false;
-    }
-    *value = v->integer;
-    return true;
-}
-
-static bool get_choice(const struct json *args, const char *name, const char *const *choices,
-                       unsigned count, unsigned *chosen, struct qerror **error)
-{
-    const struct json *v = json_get(args, name);
-    struct text expected = { 0 };
-
-    for (unsigned i = 0; i < count; i++) {
-        if (v && json_is(v, choices[i])) {
-            *chosen = i;
-            return true;
-        }
-    }
-    for (unsigned i = 0; i < count; i++) {
-        text_add(&expected, "%s'%s'", i ? " or " : "", choices[i]);
-    }
-    qemu_fail(error, "Parameter '%s' expects %s", name, expected.failed ? "" : expected.p);
-    free(expected.p);
-    return false;
-}
 
 static void reply(struct qobject **result, struct text *t, struct qerror **error)
 {
@@ -101,7 +34,7 @@ static void cmd_query(struct qdict *dict, struct qobject **result, struct qerror
     static const char *const known[] = { NULL };
     struct text t = { 0 };
     char *text;
-    struct json *args = arguments(dict, known, &text, error);
+    struct json *args = args_read(dict, known, &text, error);
 
     if (!args) {
         return;
@@ -111,50 +44,24 @@ static void cmd_query(struct qdict *dict, struct qobject **result, struct qerror
     status_add(&t);
     pthread_mutex_unlock(&upm.lock);
     reply(result, &t, error);
-    json_free(args);
-    free(text);
+    args_free(args, text);
 }
-
-#define NOT_GIVEN (-1)
 
 struct settings {
     int mode[COPIES], keep;
     int64_t budget, lease_ms, notify_ms;
 };
 
-static bool get_optional_int(const struct json *args, const char *name, int64_t most,
-                             int64_t *value, struct qerror **error)
-{
-    *value = NOT_GIVEN;
-    return !json_get(args, name) || get_int(args, name, 0, most, value, error);
-}
-
-static bool get_optional_choice(const struct json *args, const char *name,
-                                const char *const *choices, int *chosen, struct qerror **error)
-{
-    unsigned i;
-
-    *chosen = NOT_GIVEN;
-    if (!json_get(args, name)) {
-        return true;
-    }
-    if (!get_choice(args, name, choices, 2, &i, error)) {
-        return false;
-    }
-    *chosen = i;
-    return true;
-}
-
 static bool read_settings(const struct json *args, struct settings *s, struct qerror **error)
 {
     static const char *const expiry[] = { "eager", "keep" };
 
-    return get_optional_choice(args, "private", mode_names, &s->mode[PRIVATE], error)
-           && get_optional_choice(args, "shared", mode_names, &s->mode[SHARED], error)
-           && get_optional_choice(args, "on-lease-expiry", expiry, &s->keep, error)
-           && get_optional_int(args, "budget", INT64_MAX, &s->budget, error)
-           && get_optional_int(args, "lease-ms", MS_MOST, &s->lease_ms, error)
-           && get_optional_int(args, "notify-ms", MS_MOST, &s->notify_ms, error);
+    return args_optional_choice(args, "private", mode_names, &s->mode[PRIVATE], error)
+           && args_optional_choice(args, "shared", mode_names, &s->mode[SHARED], error)
+           && args_optional_choice(args, "on-lease-expiry", expiry, &s->keep, error)
+           && args_optional_int(args, "budget", INT64_MAX, &s->budget, error)
+           && args_optional_int(args, "lease-ms", MS_MOST, &s->lease_ms, error)
+           && args_optional_int(args, "notify-ms", MS_MOST, &s->notify_ms, error);
 }
 
 /* With the lock held. What is not given stays. */
@@ -188,7 +95,7 @@ static void cmd_configure(struct qdict *dict, struct qobject **result, struct qe
         "private", "shared", "budget", "lease-ms", "on-lease-expiry", "notify-ms", NULL,
     };
     char *text;
-    struct json *args = arguments(dict, known, &text, error);
+    struct json *args = args_read(dict, known, &text, error);
     struct settings s;
 
     (void)result;
@@ -202,8 +109,7 @@ static void cmd_configure(struct qdict *dict, struct qobject **result, struct qe
         worker_kick();
         pthread_mutex_unlock(&upm.lock);
     }
-    json_free(args);
-    free(text);
+    args_free(args, text);
 }
 
 /* What a read takes from the ring: copied with the lock held, put into words without it. */
@@ -257,7 +163,7 @@ static void cmd_read(struct qdict *dict, struct qobject **result, struct qerror 
 {
     static const char *const known[] = { "cursor", "max", NULL };
     char *text;
-    struct json *args = arguments(dict, known, &text, error);
+    struct json *args = args_read(dict, known, &text, error);
     struct excerpt e = { 0 };
     struct text t = { 0 };
     int64_t cursor, most;
@@ -266,8 +172,8 @@ static void cmd_read(struct qdict *dict, struct qobject **result, struct qerror 
     if (!args) {
         return;
     }
-    if (!get_int(args, "cursor", 0, INT64_MAX, &cursor, error)
-        || !get_int(args, "max", 1, READ_MOST, &most, error)) {
+    if (!args_int(args, "cursor", 0, INT64_MAX, &cursor, error)
+        || !args_int(args, "max", 1, READ_MOST, &most, error)) {
         goto out;
     }
     e.records = malloc(most * sizeof(*e.records));
@@ -286,8 +192,7 @@ static void cmd_read(struct qdict *dict, struct qobject **result, struct qerror 
     reply(result, &t, error);
 out:
     free(e.records);
-    json_free(args);
-    free(text);
+    args_free(args, text);
 }
 
 struct runs {
@@ -317,7 +222,7 @@ static void cmd_stale(struct qdict *dict, struct qobject **result, struct qerror
 {
     static const char *const known[] = { "copy", "region", "cursor", "max", NULL };
     char *text;
-    struct json *args = arguments(dict, known, &text, error);
+    struct json *args = args_read(dict, known, &text, error);
     struct runs runs = { 0 };
     struct text t = { 0 };
     int64_t id, cursor, most;
@@ -327,10 +232,10 @@ static void cmd_stale(struct qdict *dict, struct qobject **result, struct qerror
     if (!args) {
         return;
     }
-    if (!get_choice(args, "copy", copy_names, COPIES, &copy, error)
-        || !get_int(args, "region", 1, UINT32_MAX, &id, error)
-        || !get_int(args, "cursor", 0, INT64_MAX, &cursor, error)
-        || !get_int(args, "max", 1, STALE_MOST, &most, error)) {
+    if (!args_choice(args, "copy", copy_names, COPIES, &copy, error)
+        || !args_int(args, "region", 1, UINT32_MAX, &id, error)
+        || !args_int(args, "cursor", 0, INT64_MAX, &cursor, error)
+        || !args_int(args, "max", 1, STALE_MOST, &most, error)) {
         goto out;
     }
     runs.run = malloc(most * sizeof(*runs.run));
@@ -359,8 +264,7 @@ static void cmd_stale(struct qdict *dict, struct qobject **result, struct qerror
     reply(result, &t, error);
 out:
     free(runs.run);
-    json_free(args);
-    free(text);
+    args_free(args, text);
 }
 
 /* One [region, offset, size] in whole pages. */
@@ -433,7 +337,7 @@ static void cmd_discard(struct qdict *dict, struct qobject **result, struct qerr
     static const char *const known[] = { "id", "copy", "ranges", "all", NULL };
     static const char *const copies[] = { "private", "shared", "both" };
     char *text;
-    struct json *args = arguments(dict, known, &text, error);
+    struct json *args = args_read(dict, known, &text, error);
     const struct json *ranges;
     struct request *q = NULL;
     struct text t = { 0 };
@@ -445,8 +349,8 @@ static void cmd_discard(struct qdict *dict, struct qobject **result, struct qerr
     if (!args) {
         return;
     }
-    if (!get_int(args, "id", 0, INT64_MAX, &id, error)
-        || !get_choice(args, "copy", copies, 3, &copy, error)
+    if (!args_int(args, "id", 0, INT64_MAX, &id, error)
+        || !args_choice(args, "copy", copies, 3, &copy, error)
         || !(ranges = get_ranges(args, &all, error))) {
         goto out;
     }
@@ -479,8 +383,7 @@ static void cmd_discard(struct qdict *dict, struct qobject **result, struct qerr
     reply(result, &t, error);
 out:
     free(q);
-    json_free(args);
-    free(text);
+    args_free(args, text);
 }
 
 void commands_register(void)

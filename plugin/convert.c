@@ -352,44 +352,6 @@ int convert(int vm_fd, unsigned long request, void *argument)
     return convert_range(vm_fd, request, range, registration);
 }
 
-/* QEMU's own discard, a chunk at a time, of what has not been converted back. The guest's
- * conversion is done: it isn't told of a failure; the copy goes to the ledger to be tried again. */
-static void discard_inline(struct op *op, uint64_t pages)
-{
-    pthread_mutex_lock(&upm.lock);
-    while (pages && op->state == OP_DISCARD) {
-        uint64_t n = pages < CHUNK_PAGES ? pages : CHUNK_PAGES, start_ns;
-        int result;
-
-        if (n > op->pages) {
-            n = op->pages;
-        }
-        op->punching = n;
-        pthread_mutex_unlock(&upm.lock);
-        start_ns = now_ns();
-        result = punch(op->region, op->copy, op->first, n);
-        pthread_mutex_lock(&upm.lock);
-        op->punching = 0;
-        if (result) {
-            upm.count.failed_discards++;
-            op_hand_over(op);
-            break;
-        }
-        histogram_add(upm.discard_ns, now_ns() - start_ns);
-        upm.count.inline_[op->copy] += n << PAGE_SHIFT;
-        upm.count.discards++;
-        op->first += n;
-        op->pages -= n;
-        pages -= n;
-        if (!op->pages) {
-            op_end(op);
-        } else if (upm.waiters) {
-            pthread_cond_broadcast(&upm.settled);
-        }
-    }
-    pthread_mutex_unlock(&upm.lock);
-}
-
 /* Whether the call is the discard that this thread's last conversion owes; done with, if so. */
 bool conversion_discard_fd(int fd, off64_t offset, off64_t bytes, int *result)
 {
@@ -402,7 +364,7 @@ bool conversion_discard_fd(int fd, off64_t offset, off64_t bytes, int *result)
         }
         part->offset += bytes;
         if (!part->swallow) {
-            discard_inline(&part->op, bytes >> PAGE_SHIFT);
+            op_discard(&part->op, bytes >> PAGE_SHIFT);
         }
         *result = 0;
         return true;
@@ -422,7 +384,7 @@ bool conversion_discard_mapping(const void *start, size_t bytes, int advice, int
         part->start += bytes;
         /* A punch of the file has emptied the mapping as well: the madvise() after it is spared. */
         if (!part->swallow && part->fd < 0) {
-            discard_inline(&part->op, bytes >> PAGE_SHIFT);
+            op_discard(&part->op, bytes >> PAGE_SHIFT);
         }
         *result = 0;
         return true;

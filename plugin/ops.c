@@ -94,3 +94,41 @@ int punch(const struct region *r, enum copy copy, uint64_t first, uint64_t pages
     } while (result && errno == EINTR);
     return result;
 }
+
+/* QEMU's own discard, a chunk at a time, of what has not been converted back. The guest's
+ * conversion is done: it isn't told of a failure; the copy goes to the ledger to be tried again. */
+void op_discard(struct op *op, uint64_t pages)
+{
+    pthread_mutex_lock(&upm.lock);
+    while (pages && op->state == OP_DISCARD) {
+        uint64_t n = pages < CHUNK_PAGES ? pages : CHUNK_PAGES, start_ns;
+        int result;
+
+        if (n > op->pages) {
+            n = op->pages;
+        }
+        op->punching = n;
+        pthread_mutex_unlock(&upm.lock);
+        start_ns = now_ns();
+        result = punch(op->region, op->copy, op->first, n);
+        pthread_mutex_lock(&upm.lock);
+        op->punching = 0;
+        if (result) {
+            upm.count.failed_discards++;
+            op_hand_over(op);
+            break;
+        }
+        histogram_add(upm.discard_ns, now_ns() - start_ns);
+        upm.count.inline_[op->copy] += n << PAGE_SHIFT;
+        upm.count.discards++;
+        op->first += n;
+        op->pages -= n;
+        pages -= n;
+        if (!op->pages) {
+            op_end(op);
+        } else if (upm.waiters) {
+            pthread_cond_broadcast(&upm.settled);
+        }
+    }
+    pthread_mutex_unlock(&upm.lock);
+}

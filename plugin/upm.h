@@ -11,6 +11,7 @@
  *   worker.c     the thread that discards, keeps the lease and rings the bell
  *   backing.c    what the shared side of a region is made of
  *   commands.c   the QMP commands
+ *   arguments.c  what comes with them
  *   status.c     the answer to x-upm-query
  *   json.c       JSON text in and out
  *   qemu.c       QEMU's own functions, found by name
@@ -215,10 +216,11 @@ bool ledger_next(const struct region *r, enum copy copy, uint64_t from, uint64_t
                  uint64_t most, uint64_t *first, uint64_t *pages);
 uint64_t ledger_total(enum copy copy);
 
-/* ops.c; with the lock held, but for punch() */
+/* ops.c; with the lock held, but for punch() and op_discard() */
 void op_begin(struct op *op);
 void op_end(struct op *op);
 void op_hand_over(struct op *op);
+void op_discard(struct op *op, uint64_t pages);
 bool op_shields(const struct region *r, enum copy copy, uint64_t *first, uint64_t *pages);
 void ops_wait(void);
 int punch(const struct region *r, enum copy copy, uint64_t first, uint64_t pages);
