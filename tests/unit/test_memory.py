@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the daemon does with the memory of its process; each in a process of its own."""
 
+import platform
 import subprocess
 import sys
 
@@ -61,7 +62,7 @@ def output(program: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_large_blocks_stay_apart() -> None:
     """After a larger one was freed, a large block is still mapped by itself, and so given back."""
     assert output(GLIBC.format(settle=True)) == ["1"]
