@@ -91,7 +91,7 @@ class VmSettings(_Table):
     weight: Annotated[int, Field(ge=1, le=10_000)] = 100
     """Its part of the host's budget, beside the weights of the others."""
     lease: Seconds = 20.0
-    """How long the plugin keeps copies without hearing from the daemon, which speaks up two to four
+    """How long the plugin keeps copies without hearing from the daemon, which speaks up two to five
     times as often: a short lease costs an idle VM processor time, a long one holds memory after a
     crash, within the budget."""
     notify: Seconds = 0.02

@@ -3,7 +3,7 @@
 
 A turn of the loop begins when the plugin has something to say, the policy wants to be asked, the
 host has changed something, or the lease wants to be renewed, which a read does. A VM that does
-nothing costs two to four reads in each lease.
+nothing costs two to five reads in each lease.
 """
 
 import asyncio

@@ -69,9 +69,10 @@ async def trouble(served: Served, choose: random.Random) -> None:
             served.plan.add("x-upm-read", choose.choice(FAULTS))
 
 
-def under_way(task: asyncio.Task[object]) -> bool:
-    """Whether this is a fault that a fake is busy with."""
-    return "_send_waiting" in repr(task)
+def settled(fleet: list[Served]) -> bool:
+    """Whether all are served, and no fake is busy with a fault, which is a task."""
+    faults = sum("_send_waiting" in repr(task) for task in asyncio.all_tasks())
+    return not faults and all(served.attached for served in fleet)
 
 
 def sample(fleet: list[Served]) -> dict[str, int]:
@@ -79,7 +80,7 @@ def sample(fleet: list[Served]) -> dict[str, int]:
     return {
         "resident": resident_bytes(),
         "files": len(list(Path("/proc/self/fd").iterdir())),
-        "tasks": sum(not under_way(task) for task in asyncio.all_tasks()),
+        "tasks": len(asyncio.all_tasks()),
         "attached": sum(served.attached for served in fleet),
     }
 
@@ -101,7 +102,7 @@ async def soak(folder: Path) -> dict[str, list[int]]:
         tasks += [asyncio.create_task(trouble(served, choose)) for served in fleet[VMS // 2 :]]
         for _ in range(MINUTES):
             await asyncio.sleep(60)
-            await until(lambda: all(served.attached for served in fleet), 0.1)
+            await until(lambda: settled(fleet), 0.1)
             made.write_telemetry()
             for served in fleet:
                 served.vm.asked.clear()
