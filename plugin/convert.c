@@ -20,7 +20,11 @@
 #include <sys/mman.h>
 
 #define PARTS_FIRST 8
-#define WORDS_FIRST 8192   /* a conversion of 1 GiB: two words for each 64 pages */
+/* Runs of stale pages in the range of one conversion; with more of them, a reader does better to
+ * read the ledger. */
+#define RUNS_RECORDED 512
+#define WORDS_FIRST 8192          /* a conversion of 1 GiB: two words for each 64 pages */
+#define WORDS_KEPT (WORDS_FIRST * 16)
 
 static __thread struct {
     struct part *part;
@@ -118,7 +122,7 @@ void conversion_slot_registered(uint64_t gpa, uint64_t bytes)
 
 bool conversion_unfinished(void)
 {
-    return mine.nparts;
+    return mine.nparts || mine.registered_bytes;
 }
 
 struct part *conversion_parts(unsigned *count)
@@ -134,16 +138,21 @@ void convert_record(struct part *part)
     const struct op *op = &part->op;
     enum copy left = op->copy;
     uint64_t end = op->first + op->pages, first, pages;
-    bool found = ledger_next(op->region, left, op->first, end, op->pages, &first, &pages);
-    bool all = found && pages == op->pages;
+    bool found, all;
 
     if (part->recorded) {
         return;
     }
     part->recorded = true;
+    found = ledger_next(op->region, left, op->first, end, op->pages, &first, &pages);
+    all = found && pages == op->pages;
     ring_append(op->region, op->first, op->pages, left == SHARED, all, part->count,
                 part->time_ns);
-    while (found && !all) {
+    for (int i = 0; found && !all; i++) {
+        if (i == RUNS_RECORDED) {
+            ring_lose();
+            break;
+        }
         ring_append(op->region, first, pages, left == SHARED, true, 0, part->time_ns);
         found = ledger_next(op->region, left, first + pages, end, op->pages, &first, &pages);
     }
@@ -178,6 +187,12 @@ void conversion_over(void)
         upm_unlock();
     }
     mine.nparts = 0;
+    mine.registered_bytes = 0;
+    if (mine.words_capacity > WORDS_KEPT) {
+        libc.munmap(mine.words, words_bytes());
+        mine.words = NULL;
+        mine.words_capacity = 0;
+    }
 }
 
 static void part_begin(struct part *part, struct region *r, enum copy live, uint64_t first,
@@ -281,8 +296,9 @@ static void lose_range(uint64_t gpa, uint64_t end)
     }
 }
 
-/* Takes the range for `live`, with the lock held; the number of parts is in mine.nparts. */
-static void take_range(uint64_t gpa, uint64_t end, enum copy live)
+/* Takes the range for `live`, with the lock held; the number of parts is in mine.nparts. Nothing is
+ * owed for what is not a guest's conversion, and such a one may be as large as the guest. */
+static void take_range(uint64_t gpa, uint64_t end, enum copy live, bool guests)
 {
     for (;;) {
         unsigned parts;
@@ -290,6 +306,7 @@ static void take_range(uint64_t gpa, uint64_t end, enum copy live)
         bool room;
 
         collect(gpa, end, live, &parts, &words);
+        words = guests ? words : 0;
         if (parts > mine.parts_capacity || words > mine.words_capacity) {
             upm_unlock();
             room = reserve(parts, words);
@@ -305,7 +322,9 @@ static void take_range(uint64_t gpa, uint64_t end, enum copy live)
         }
         ops_wait();
     }
-    share_words(mine.nparts);
+    if (guests) {
+        share_words(mine.nparts);
+    }
     for (unsigned i = 0; i < mine.nparts; i++) {
         mine.part[i].op.state = OP_CONVERT;
         op_begin(&mine.part[i].op);
@@ -335,16 +354,14 @@ static void take_over(const struct op *mine_op, uint64_t first, uint64_t pages)
     }
 }
 
-/* KVM has converted these pages of the part. Returns the number that had a stale copy which is live
- * again. */
-static uint64_t settle_pages(struct part *part, uint64_t first, uint64_t pages)
+/* Notes what KVM has converted, and which pages that has changed. */
+static void note_moved(struct part *part, uint64_t first, uint64_t pages)
 {
     struct op *op = &part->op;
     struct region *r = op->region;
     bool to_shared = op->copy == SHARED;
     uint64_t end = first + pages;
 
-    take_over(op, first, pages);
     for (uint64_t page = first; page < end; page = next_word(page)) {
         uint64_t mask = word_mask(page, end), word = r->shared.word[page / WORD_BITS];
         uint64_t at = page / WORD_BITS - op->first / WORD_BITS;
@@ -360,7 +377,21 @@ static uint64_t settle_pages(struct part *part, uint64_t first, uint64_t pages)
         }
     }
     part->owed_pages += pages;
-    return ledger_remove(r, op->copy, first, pages);
+}
+
+/* KVM has converted these pages of the part. Returns the number that had a stale copy which is live
+ * again. */
+static uint64_t settle_pages(struct part *part, uint64_t first, uint64_t pages, bool guests)
+{
+    struct op *op = &part->op;
+
+    take_over(op, first, pages);
+    if (guests) {
+        note_moved(part, first, pages);
+    } else {
+        bitmap_fill(&op->region->shared, first, pages, op->copy == SHARED);
+    }
+    return ledger_remove(op->region, op->copy, first, pages);
 }
 
 /* KVM has converted the part. Its operation holds the range until all of it is settled. */
@@ -372,7 +403,7 @@ static void settle(struct part *part, bool guests)
 
     for (uint64_t at = op->first; at < end; at += n) {
         n = end - at < UPM_STRIDE_PAGES ? end - at : UPM_STRIDE_PAGES;
-        reused += settle_pages(part, at, n);
+        reused += settle_pages(part, at, n, guests);
         if (at + n < end) {
             upm_breathe();
         }
@@ -405,7 +436,7 @@ static int convert_range(int vm_fd, unsigned long request, struct upm_kvm_attrib
     int result, error;
 
     upm_lock();
-    take_range(range->address, range->address + range->size, live);
+    take_range(range->address, range->address + range->size, live, guests);
     upm_unlock();
 
     result = libc.ioctl(vm_fd, request, range);
@@ -449,7 +480,6 @@ int convert(int vm_fd, unsigned long request, void *argument)
     bool launching = __atomic_load_n(&upm.launching, __ATOMIC_RELAXED);
 
     conversion_over();
-    mine.registered_bytes = 0;
     if (!range->size || (range->address | range->size) % PAGE_BYTES
         || range->address + range->size < range->address) {
         return libc.ioctl(vm_fd, request, argument); /* KVM refuses it */

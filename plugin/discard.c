@@ -289,7 +289,7 @@ bool discard_in_file(int fd, off64_t offset, off64_t bytes, int *result)
     struct stat st;
     bool known = is_known(fd);
 
-    if (bytes <= 0 || (!known && fstat(fd, &st))) {
+    if (fd < 0 || bytes <= 0 || (!known && fstat(fd, &st))) {
         errno = before;
         return false;
     }

@@ -71,9 +71,14 @@ __attribute__((constructor)) static void load(void)
 
 __attribute__((destructor)) static void unload(void)
 {
-    if (upm.active && getpid() == upm.pid) {
+    if (__atomic_load_n(&upm.active, __ATOMIC_ACQUIRE) && getpid() == upm.pid) {
         worker_stop();
     }
+}
+
+static bool is_active(void)
+{
+    return __atomic_load_n(&upm.active, __ATOMIC_ACQUIRE);
 }
 
 /* QEMU opens KVM: after it has become a daemon, before it has a vCPU. */
@@ -95,7 +100,7 @@ static void activate(void)
         return;
     }
     upm.pid = getpid();
-    upm.active = true;
+    __atomic_store_n(&upm.active, true, __ATOMIC_RELEASE);
     commands_register();
 }
 
@@ -169,7 +174,7 @@ static int create_vm(int fd, unsigned long request, void *argument)
     if (result >= 0) {
         /* A second one replaces the first: QEMU rebuilds a VM on reset. */
         upm_lock();
-        upm.vm_fd = result;
+        __atomic_store_n(&upm.vm_fd, result, __ATOMIC_RELAXED);
         upm.vm_kind = (int)(uintptr_t)argument;
         slots_clear();
         launch_begin();
@@ -183,7 +188,7 @@ static int create_vm(int fd, unsigned long request, void *argument)
  * guest_memfd itself, KVM converts in place. */
 static int set_attributes(int fd, unsigned long request, void *argument)
 {
-    if (fd == upm.vm_fd) {
+    if (fd == __atomic_load_n(&upm.vm_fd, __ATOMIC_RELAXED)) {
         return convert(fd, request, argument);
     }
     region_in_place(fd);
@@ -205,7 +210,7 @@ static int kvm_ioctl(int fd, unsigned long request, void *argument)
     if (number == UPM_KVM_GET_API_VERSION) {
         activate();
     }
-    if (!upm.active) {
+    if (!is_active()) {
         return libc.ioctl(fd, request, argument);
     }
     if (is_set_attributes(number)) {
@@ -291,7 +296,7 @@ EXPORT int close(int fd)
     if (__builtin_expect(!libc.close, 0)) {
         find_libc();
     }
-    if (upm.active && region_has_file(fd) && getpid() == upm.pid) {
+    if (is_active() && region_has_file(fd) && getpid() == upm.pid) {
         region_close(fd);
     }
     return libc.close(fd);
@@ -302,7 +307,7 @@ EXPORT int munmap(void *start, size_t bytes)
     if (__builtin_expect(!libc.munmap, 0)) {
         find_libc();
     }
-    if (upm.active && region_is_in(start, bytes) && getpid() == upm.pid) {
+    if (is_active() && region_is_in(start, bytes) && getpid() == upm.pid) {
         region_unmap(start, bytes);
     }
     return libc.munmap(start, bytes);

@@ -117,7 +117,7 @@ struct region *region_new(int private_fd, uint64_t bytes)
 struct region *region_by_private_fd(int fd)
 {
     for (unsigned i = 0; i < upm.nregions; i++) {
-        if (upm.region[i].pages && upm.region[i].private_fd == fd) {
+        if (fd >= 0 && upm.region[i].pages && upm.region[i].private_fd == fd) {
             return &upm.region[i];
         }
     }
@@ -215,13 +215,13 @@ static void region_lose_shared(struct region *r)
 /* The guest_memfd is about to be closed. A VM whose RAM outlives it is being rebuilt. */
 static void region_lose_private(struct region *r)
 {
+    if (r->host) {
+        launch_begin();
+    }
     region_quiesce(r);
     region_expect_nothing(r, PRIVATE);
     slots_forget(r);
     set_private_fd(r, -1);
-    if (r->host) {
-        launch_begin();
-    }
     ledger_forget(r, PRIVATE);
     if (r->pages && !r->host) {
         region_free(r);

@@ -48,7 +48,7 @@
  * neighbour's fault waits for it. */
 #define CHUNK_PAGES 512ull
 /* The most that is worked through in one hold of the lock. */
-#define UPM_STRIDE_PAGES (128 * GROUP_PAGES)
+#define UPM_STRIDE_PAGES (32 * GROUP_PAGES)
 
 #define REGIONS_MAX 512
 #define REQUESTS_MAX 16
@@ -200,9 +200,10 @@ struct upm {
     unsigned round;          /* how often they have been woken */
     struct op *ops;
 
-    bool active;             /* set once, before QEMU has a vCPU */
+    bool active;             /* set once, before QEMU has a vCPU; atomic */
     pid_t pid;
-    int vm_fd, vm_kind;      /* vm_kind: KVM's machine type; -1: no VM yet */
+    int vm_fd;               /* atomic */
+    int vm_kind;             /* KVM's machine type; -1: no VM yet */
     /* A VM is being made or rebuilt: no vCPU has run since. Written with the lock, read without. */
     bool launching;
     struct region region[REGIONS_MAX];
@@ -221,7 +222,8 @@ struct upm {
     struct record ring[RING_RECORDS];
     uint64_t head;           /* sequence number of the next record */
     uint64_t sealed;         /* records below were read: nothing is merged into them */
-    uint64_t dropped;        /* overwritten before anybody had read them */
+    uint64_t dropped;        /* overwritten before anybody had read them, or never recorded */
+    uint64_t gap;            /* somewhere below, records are missing; 0: nowhere */
 
     struct request *requests[REQUESTS_MAX];
     unsigned first_request, nrequests;
@@ -328,13 +330,14 @@ bool discard_in_mapping(const void *start, size_t bytes, int advice, int *result
 void ring_append(const struct region *r, uint64_t first, uint64_t pages, bool to_private,
                  bool deferred, uint32_t count, uint64_t time_ns);
 uint64_t ring_oldest(void);
+void ring_lose(void);
 
 /* worker.c */
 int worker_start(void);
 void worker_stop(void);
 void worker_kick(void);        /* with the lock held */
 void lease_renew(void);        /* with the lock held */
-void launch_begin(void);       /* with the lock held */
+void launch_begin(void);       /* with the lock held, which it drops */
 void launch_end(void);         /* without */
 int discard_next(struct region *r, enum copy copy, uint64_t *at, uint64_t end, uint64_t *counter,
                  uint64_t *discarded); /* with the lock held */

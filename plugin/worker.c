@@ -55,7 +55,16 @@ void lease_renew(void)
  */
 void launch_begin(void)
 {
+    struct op *op;
+
     __atomic_store_n(&upm.launching, true, __ATOMIC_RELAXED);
+    do {
+        for (op = upm.ops; op && op->state != OP_PUNCH; op = op->next) {
+        }
+        if (op) {
+            ops_wait();
+        }
+    } while (op);
 }
 
 void launch_end(void)
