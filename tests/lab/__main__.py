@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qmp_upm.units import format_size
-from tests.lab import build
+from tests.lab import build, newest
 from tests.lab.build import LabError, say
 from tests.lab.machine import host_has_vm_type, kvm_used, run_scenarios
 from tests.lab.scenario import POLICIES, WORKLOADS, Scenario
@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
             "--out", type=Path, default=Path("lab-results"), help="folder for telemetry and logs"
         )
         command.add_argument("--json", action="store_true")
-    commands.add_parser("build", help="kernel, guest and test preload, into the cache")
+    commands.add_parser(
+        "build", help="kernel, guest, test preload and the newest QEMU, into the cache"
+    )
     return top
 
 
@@ -132,6 +134,7 @@ def main() -> int:
                 say(f"built {made.name}")
             if not host_has_vm_type():
                 say(f"built {build.kernel().name}")
+            say(f"unpacked {newest.root()}")
         elif args.command == "run":
             scenario = Scenario(
                 policy=args.policy,
