@@ -132,8 +132,8 @@ def payload() -> Path:
     ]
     return cached(
         "payload.elf",
-        _texts("payload.c", "start.S", "payload.ld"),
-        gcc(flags, ["start.S", "payload.c"]),
+        _texts("payload.c", "hostile.c", "payload.h", "start.S", "payload.ld"),
+        gcc(flags, ["start.S", "payload.c", "hostile.c"]),
     )
 
 
