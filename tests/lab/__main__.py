@@ -126,7 +126,7 @@ def print_comparison(results: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> int:
-    """Exit code 0, or 1 with a hint on stderr."""
+    """Exit code 0; 1 with a hint on stderr, or if a torture had more stale than it may."""
     args = parser().parse_args()
     try:
         if args.command == "build":
@@ -160,6 +160,7 @@ def main() -> int:
             )
             result = run_scenarios([scenario], args.out)[0]
             print(json.dumps(result)) if args.json else print_result(result)
+            return int(result["peak_over_budget_bytes"] > result["conversion_most_bytes"])
         else:
             say(f"Each policy runs {ROUNDS} times on {kvm_used()}.")
             scenarios = [

@@ -387,11 +387,13 @@ class Run:
 def main() -> None:
     """Every scenario of DIR/job.json; a result that could not be had is absent, and said why."""
     out = Path(sys.argv[1])
-    from tests.lab.firmware import Firmware  # noqa: PLC0415 - these are kinds of Run
+    from tests.lab.direct import Direct  # noqa: PLC0415 - these are kinds of Run
+    from tests.lab.firmware import Firmware  # noqa: PLC0415
     from tests.lab.table import Table  # noqa: PLC0415
     from tests.lab.torture import Torture  # noqa: PLC0415
 
     kinds = {"torture": Torture, "table": Table, "firmware": Firmware}
+    kinds |= dict.fromkeys(("direct-eager", "direct-defer"), Direct)
     job = json.loads((out / "job.json").read_text(encoding="utf-8"))
     for number, fields in enumerate(job["scenarios"]):
         scenario = Scenario(**fields)
