@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.lab import machine, newest
+from tests.lab import machine, newest, test_lab
 from tests.lab.scenario import Scenario
-from tests.lab.test_lab import pytestmark
 
-__all__ = ["pytestmark"]
+pytestmark = test_lab.pytestmark
 
 QEMUS = ("distribution", "newest")
 CONVERTERS = [
@@ -104,7 +103,10 @@ def test_eager_keeps_nothing(results: Results, workload: str) -> None:
 
 @pytest.mark.parametrize("name", DAEMONLESS)
 def test_conversions_are_counted(results: Results, name: str) -> None:
-    """Each of the guest's; where it races, KVM makes QEMU convert a page that was just converted."""
+    """Each of the guest's. Where it races, KVM has QEMU convert a page back now and then:
+
+    an access that was under way had found the page's other state.
+    """
     result = results[name]
     if name in RACES:
         assert result["plugin_conversions"] >= result["guest_conversions"]

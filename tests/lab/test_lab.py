@@ -182,7 +182,7 @@ def test_accounting_closes(results: Results, name: str) -> None:
     counters = results[name]["counters"]
     left = sum(
         counters[f"{what}-bytes-{copy}"]
-        for what in ("reused", "requested", "failsafe", "superseded", "forgotten")
+        for what in ("reused", "requested", "failsafe", "forgotten")
         for copy in ("private", "shared")
     )
     deferred = sum(counters[f"deferred-bytes-{copy}"] for copy in ("private", "shared"))
