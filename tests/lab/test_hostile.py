@@ -103,9 +103,9 @@ def test_eager_keeps_nothing(results: Results, workload: str) -> None:
 
 @pytest.mark.parametrize("name", DAEMONLESS)
 def test_conversions_are_counted(results: Results, name: str) -> None:
-    """Each of the guest's. Where it races, KVM has QEMU convert a page back now and then:
+    """Each of the guest's, and where it races those that KVM adds.
 
-    an access that was under way had found the page's other state.
+    An access that finds a page's state changed under it makes QEMU convert the page back.
     """
     result = results[name]
     if name in RACES:
