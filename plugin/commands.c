@@ -129,7 +129,7 @@ static bool take_records(struct excerpt *e, uint64_t cursor, uint64_t most)
 {
     uint64_t oldest;
 
-    convert_record_all();
+    convert_record_pending(now_ns());
     if (cursor > upm.head) {
         return false;
     }

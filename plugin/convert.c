@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#define PENDING_NS (10 * MSEC)
 #define PARTS_FIRST 8
 /* Runs of stale pages in the range of one conversion; with more of them, a reader does better to
  * read the ledger. */
@@ -131,39 +132,49 @@ struct part *conversion_parts(unsigned *count)
     return mine.part;
 }
 
-/* With the lock held. Records the conversion as it stands: a reader learns of it before QEMU has
- * asked for its discard, if that takes long. Later deferrals have records of their own. */
+/* With the lock held. Records the conversion as it stands: with what has become of its old copy, if
+ * QEMU has asked for the discard. What is kept later has a record of its own. */
 void convert_record(struct part *part)
 {
     const struct op *op = &part->op;
-    enum copy left = op->copy;
-    uint64_t end = op->first + op->pages, first, pages;
-    bool found, all;
+    uint64_t at = op->first, end = op->first + op->pages, first, pages;
+    unsigned count = part->count;
 
     if (part->recorded) {
         return;
     }
     part->recorded = true;
-    found = ledger_next(op->region, left, op->first, end, op->pages, &first, &pages);
-    all = found && pages == op->pages;
-    ring_append(op->region, op->first, op->pages, left == SHARED, all, part->count,
-                part->time_ns);
-    for (int i = 0; found && !all; i++) {
-        if (i == RUNS_RECORDED) {
+    for (int runs = 0; at < end; runs++) {
+        bool kept = ledger_next(op->region, op->copy, at, end, end - at, &first, &pages);
+
+        if (kept && runs == RUNS_RECORDED) {
+            kept = false;
             ring_lose();
-            break;
         }
-        ring_append(op->region, first, pages, left == SHARED, true, 0, part->time_ns);
-        found = ledger_next(op->region, left, first + pages, end, op->pages, &first, &pages);
+        if (!kept) {
+            first = end;
+        }
+        if (at < first) {
+            ring_append(op->region, at, first - at, op->copy == SHARED, false, count, part->time_ns);
+            count = 0;
+        }
+        if (kept) {
+            ring_append(op->region, first, pages, op->copy == SHARED, true, count, part->time_ns);
+            count = 0;
+            first += pages;
+        }
+        at = first;
     }
 }
 
-/* With the lock held. */
-void convert_record_all(void)
+/* With the lock held. Conversions whose discard is long in coming: a reader need not wait for it. */
+void convert_record_pending(uint64_t now)
 {
     for (struct op *op = upm.ops; op; op = op->next) {
-        if (op->state == OP_EXPECT) {
-            convert_record((struct part *)op);
+        struct part *part = (struct part *)op;
+
+        if (op->state == OP_EXPECT && part->time_ns + PENDING_NS <= now) {
+            convert_record(part);
         }
     }
 }

@@ -312,14 +312,14 @@ void ledger_forget(struct region *r, enum copy copy);
 bool ledger_next(const struct region *r, enum copy copy, uint64_t from, uint64_t end,
                  uint64_t most, uint64_t *first, uint64_t *pages);
 
-/* convert.c; without the lock, but for convert_record() and convert_record_all() */
+/* convert.c; without the lock, but for convert_record() and convert_record_pending() */
 int convert(int vm_fd, unsigned long request, void *argument);
 void conversion_slot_registered(uint64_t gpa, uint64_t bytes);
 void conversion_over(void);
 bool conversion_unfinished(void);
 struct part *conversion_parts(unsigned *count);
 void convert_record(struct part *part);
-void convert_record_all(void);
+void convert_record_pending(uint64_t now);
 
 /* discard.c; discard_expected() with the lock held, the others without */
 bool discard_expected(const struct region *r, enum copy copy);

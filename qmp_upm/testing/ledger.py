@@ -17,7 +17,7 @@ from qmp_upm.testing.ring import FakeRing
 
 CHUNK_PAGES = 512
 """The most that one discard takes."""
-STRIDE_PAGES = 128 * CHUNK_PAGES
+STRIDE_PAGES = 32 * CHUNK_PAGES
 """Of a longer conversion, what fits the budget is kept in pieces of so many pages."""
 FAILURES_MOST = 8
 """After so many discards that failed, one after the other, a region's are QEMU's own."""
@@ -221,16 +221,17 @@ class FakeLedger:
         return None
 
     def _record(self, region: FakeRegion, left: Copy, first: int, end: int, count: int) -> None:
-        """Enter the conversion; what is stale of its range only in part has records of its own."""
+        """Enter the conversion, in runs by what is stale now; the first one counts."""
         stale, to_private = region.stale[left], int(left is Copy.SHARED)
-        all_stale = stale.range_cardinality(first, end) == end - first
-        rows = [(first, end, int(all_stale), count)]
-        if not all_stale:
-            rows += [(low, high, 1, 0) for low, high in _runs(_pages(first, end) & stale, end)]
-        now_ns = self._clock_ns()
-        for low, high, deferred, made in rows:
-            offset, size = low * PAGE_BYTES, (high - low) * PAGE_BYTES
-            self.ring.append([region.id, offset, size, to_private, deferred, now_ns, made])
+        now_ns, at = self._clock_ns(), first
+        for low, high in [*_runs(_pages(first, end) & stale, end), (end, end)]:
+            for begin, stop, deferred in ((at, low, 0), (low, high, 1)):
+                if begin < stop:
+                    offset, size = begin * PAGE_BYTES, (stop - begin) * PAGE_BYTES
+                    row = [region.id, offset, size, to_private, deferred, now_ns, count]
+                    self.ring.append(row)
+                    count = 0
+            at = high
 
     def _remove(self, region: FakeRegion, copy: Copy, first: int, end: int) -> int:
         pages = region.stale[copy]
