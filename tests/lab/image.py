@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Firmware that QEMU can launch, and a kernel that it can hash: metadata and patterns, no code.
 
-At the end of a firmware is a table of entries, each ending in its length and its GUID, with a footer
-48 bytes before the end of the file. Of these QEMU reads, in pc_sysfw_ovmf.c, sev.c and tdvf.c: where
+At the end of a firmware is a table of entries, each ending in its length and its GUID, with a
+footer 48 bytes before the end of the file. QEMU (pc_sysfw_ovmf.c, sev.c, tdvf.c) reads there where
 SNP's and TDX's metadata are, counted from the end of the file, SEV-ES's reset vector, and the area
 for the kernel's hashes.
 """
@@ -80,9 +80,7 @@ def write_kernel(path: Path) -> None:
 
 
 def _table(entries: Sequence[tuple[uuid.UUID, bytes]]) -> bytes:
-    parts = [
-        data + struct.pack("<H", len(data) + 18) + guid.bytes_le for guid, data in entries
-    ]
+    parts = [data + struct.pack("<H", len(data) + 18) + guid.bytes_le for guid, data in entries]
     body = b"".join(parts)
     return body + struct.pack("<H", len(body) + 18) + FOOTER.bytes_le
 

@@ -22,8 +22,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +30,7 @@ from typing import Any
 
 from tests.lab import image, newest
 from tests.lab.build import LabError, say
+from tests.lab.disturber import DISTURBANCES, MODES, Disturber, configure
 from tests.lab.inside import wait_until
 from tests.lab.launched import (
     DAEMON,
@@ -46,17 +45,7 @@ from tests.lab.machine import plugin_file
 
 STEP_US = 6000
 """A launch has a dozen steps of that length."""
-LEASE_MS = 5
 RESETS, RESETTING_QEMU = 10, 11
-UNLIMITED = 1 << 40
-MODES = {
-    "eager": ("eager", "eager"),
-    "defer private": ("defer", "eager"),
-    "defer shared": ("eager", "defer"),
-    "defer both": ("defer", "defer"),
-}
-"""Of the private and the shared copy."""
-DISTURBANCES = ("flush", "budget", "lease")
 LAUNCHED = (min(at for at, _, _ in image.SNP_PAGES), 0x20000)
 """Where SNP's metadata pages are, and TDX's sections but for the firmware: address and bytes."""
 REWRITTEN = page_numbers([(image.CPUID_PAGE, image.PAGE), (image.HASHES_PAGE, image.PAGE)])
@@ -83,63 +72,13 @@ class Outcome:
     launches: list[dict[str, Any]] = field(default_factory=list)
     allocated: list[Pages] = field(default_factory=list)
     stale: list[Pages] = field(default_factory=list)
-    stale_before_reset: list[int] = field(default_factory=list)
+    stale_before_reset: list[dict[str, int]] = field(default_factory=list)
     asked: int = 0
     stuck: int = 0
 
     def asked_for(self, disturbance: str) -> int:
         """How often during a launch, if the run was disturbed in this way."""
         return self.asked if self.name.endswith(disturbance) else 0
-
-
-class Disturber:
-    """Asks the plugin for what it must not do during a launch, from a thread of its own."""
-
-    def __init__(self, guest: Launched, kind: str) -> None:
-        self._guest = guest
-        self._ask = {"flush": self._flush, "budget": self._lower_budget, "lease": self._leave}[kind]
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.asked = 0
-
-    def __enter__(self) -> "Disturber":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            if self._guest.is_launching() and self._ask() and self._guest.is_launching():
-                self.asked += 1
-            else:
-                time.sleep(0.001)
-
-    def _flush(self) -> bool:
-        """So many discards may wait, and no more: False if it was one too many."""
-        request = {"id": 1, "copy": "both", "all": True}
-        return self._guest.side.cmd("x-upm-discard", **request) is not None
-
-    def _lower_budget(self) -> bool:
-        self._guest.side.cmd("x-upm-configure", budget=0)
-        return self._guest.side.cmd("x-upm-configure", budget=UNLIMITED) is not None
-
-    def _leave(self) -> bool:
-        """Takes a short lease and says nothing more until it has run out."""
-        self._guest.side.cmd("x-upm-configure", **{"lease-ms": LEASE_MS})
-        time.sleep(2 * LEASE_MS / 1000)
-        return True
-
-
-def configure(guest: Launched, mode: str) -> None:
-    """Without a lease."""
-    private, shared = MODES[mode]
-    guest.main.cmd(
-        "x-upm-configure",
-        **{"private": private, "shared": shared, "budget": UNLIMITED, "lease-ms": 0},
-    )
 
 
 def make_stale(guest: Launched, number: int) -> None:
@@ -236,7 +175,7 @@ def prepare(guest: Launched, number: int, outcome: Outcome) -> None:
     """Before a reset."""
     if number:
         make_stale(guest, number)
-        outcome.stale_before_reset.append(len(guest.stale()))
+        outcome.stale_before_reset.append(guest.main.cmd("x-upm-query")["stale"])
 
 
 def look(guest: Launched, number: int, outcome: Outcome) -> None:
@@ -297,7 +236,9 @@ def ledger_is_true(outcome: Outcome, stock: Outcome) -> bool:
     """
     return all(
         held - REWRITTEN == (live | stale) - REWRITTEN
-        for held, live, stale in zip(outcome.allocated, stock.allocated, outcome.stale, strict=False)
+        for held, live, stale in zip(
+            outcome.allocated, stock.allocated, outcome.stale, strict=False
+        )
     )
 
 
@@ -322,7 +263,10 @@ def described(outcome: Outcome, stock: Outcome) -> dict[str, Any]:
         "discards_during_launch": outcome.asked_for("flush"),
         "budgets_lowered_during_launch": outcome.asked_for("budget"),
         "leases_run_out": outcome.asked_for("lease"),
-        "least_stale_pages_before_reset": min(outcome.stale_before_reset, default=0),
+        "least_stale_before_reset": {
+            copy: min((stale[copy] for stale in outcome.stale_before_reset), default=0)
+            for copy in ("private", "shared")
+        },
         "ledger_is_true": ledger_is_true(outcome, stock),
         "stuck_threads": outcome.stuck,
     }
@@ -375,3 +319,10 @@ def runs() -> dict[str, Callable[[Launched, int, Outcome], Outcome]]:
         for disturbance in DISTURBANCES
     }
     return found | {f"{DAEMON}, flush": run_with_daemon}
+
+
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether the plugin changed nothing about any launch, leaked nothing and held up nobody."""
+    return bool(
+        result["measurement_equal"] and result["ledger_is_true"] and not result["stuck_threads"]
+    )

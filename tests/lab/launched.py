@@ -25,6 +25,7 @@ DAEMON = "daemon"
 """Name of the monitor that is left to a daemon."""
 KINDS = ("sev-snp", "tdx")
 
+
 class HangError(LabError):
     """Somebody waits for ever, most likely; ``threads`` says how many."""
 
@@ -42,10 +43,9 @@ def object_arguments(kind: str, folder: Path) -> list[str]:
     if kind == "tdx":
         return ["-object", "tdx-guest,id=guest"]
     (folder / "sev").touch()
+    device = f"sev-device={folder}/sev,cbitpos={host_cbit()},reduced-phys-bits=1"
     return [
-        "-object",
-        f"sev-snp-guest,id=guest,sev-device={folder}/sev,cbitpos={host_cbit()},"
-        "reduced-phys-bits=1,kernel-hashes=on",
+        *("-object", f"sev-snp-guest,id=guest,kernel-hashes=on,{device}"),
         *("-kernel", str(folder / "kernel")),
     ]
 
@@ -95,12 +95,13 @@ class Launched:
                 stderr=errors,
             )
         try:
-            self.main = dial(
-                folder / "main", lambda: self.process.poll() is None, PATIENCE_SECONDS
-            )
+            self.main = dial(folder / "main", lambda: self.process.poll() is None, PATIENCE_SECONDS)
         except RuntimeError as error:
             self.close()
-            raise LabError(f"QEMU failed: {(folder / 'stderr').read_text()}") from error
+            raise LabError(
+                f"QEMU failed: {(folder / 'stderr').read_text()}"
+                "hint: `python -m tests.lab build` says where a QEMU is that makes either kind"
+            ) from error
         self.main.settimeout(PATIENCE_SECONDS)
         self.side = Aside(folder / "side", PATIENCE_SECONDS)
 
