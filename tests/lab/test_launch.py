@@ -51,6 +51,21 @@ ENTERS_AT_IOCTL = (
 )
 """Without rules 2 and 3, too: a copy is stale once KVM has converted, whoever will discard it."""
 
+WAITS_FOR_QEMU = (
+    *ENTERS_AT_IOCTL[len(DISCARDS_DURING_LAUNCH) : -1],
+    Edit(
+        "convert.c",
+        "        bool call = op->state == OP_CONVERT ||",
+        "        bool call = op->state == OP_CONVERT || op->state == OP_EXPECT ||",
+    ),
+    Edit(
+        "interpose.c",
+        "    if (conversion_unfinished()) {\n        conversion_over();\n    }\n",
+        "",
+    ),
+)
+"""Without rule 1: a conversion waits for a discard that QEMU never makes for the launch's own."""
+
 
 def root_of(qemu: str) -> str:
     """Of the newest QEMU, which is fetched if need be; none for the distribution's."""
@@ -124,3 +139,9 @@ def test_a_copy_entered_too_soon_would_be_seen(qemu: str, mode: str) -> None:
     result = launch("sev-snp", root_of(qemu), plugin, f"{mode}, flush")
     assert [row for row in result["runs"] if 0 not in row["different_launches"]] == []
     assert all(row["zero_pages"] > 0 for row in result["runs"])
+
+
+def test_a_thread_that_waits_would_be_seen() -> None:
+    """Those who convert around the launch's last page wait for ever, and QEMU's main loop too."""
+    result = launch("sev-snp", plugin=build_plugin(WAITS_FOR_QEMU), only="eager, flush")
+    assert result["stuck_threads"] > 1
