@@ -248,13 +248,6 @@ static int set_attributes(const struct upm_kvm_attributes *a)
     return 0;
 }
 
-static void set_all_shared(void)
-{
-    for (unsigned i = 0; i < FAKE_PAGES; i++) {
-        __atomic_store_n(&is_private[i], 0, __ATOMIC_SEQ_CST);
-    }
-}
-
 static int create_guest_memfd(const struct upm_kvm_create_guest_memfd *create)
 {
     if (fake.real_guest_memfd) {
@@ -285,8 +278,6 @@ static int fake_ioctl(int fd, unsigned long request, ...)
     case UPM_KVM_GET_API_VERSION:
         return 12;
     case UPM_KVM_CREATE_VM:
-        fake.launching = true;
-        set_all_shared();
         return open("/dev/null", O_RDWR | O_CLOEXEC);
     case UPM_KVM_CREATE_GUEST_MEMFD:
         return create_guest_memfd(argument);
@@ -314,6 +305,17 @@ static bool have_real_guest_memfd(void)
     return fd >= 0;
 }
 
+/* What is under way in the VM before it is over when this one has been made. */
+void vm_new(void)
+{
+    fake.vm_fd = plugin_ioctl(KVM_FD, UPM_KVM_CREATE_VM, (void *)1);
+    expect(fake.vm_fd >= 0);
+    for (unsigned i = 0; i < FAKE_PAGES; i++) {
+        __atomic_store_n(&is_private[i], 0, __ATOMIC_SEQ_CST);
+    }
+    fake.launching = true;
+}
+
 void fake_start(void)
 {
     real = libc;
@@ -325,6 +327,5 @@ void fake_start(void)
     libc.fallocate = fake_fallocate;
     libc.madvise = fake_madvise;
     expect(plugin_ioctl(KVM_FD, UPM_KVM_GET_API_VERSION, NULL) == 12);
-    fake.vm_fd = plugin_ioctl(KVM_FD, UPM_KVM_CREATE_VM, (void *)1);
-    expect(fake.vm_fd >= 0);
+    vm_new();
 }
