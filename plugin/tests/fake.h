@@ -21,7 +21,7 @@
 
 #define PAGE 4096ull
 #define MIB (1ull << 20)
-#define FAKE_PAGES (1u << 17) /* guest addresses below 512 MiB */
+#define FAKE_PAGES (1u << 17) /* guest addresses below 512 MiB: of others nothing is known */
 #define KVM_FD 1000000        /* no file: the fake answers for it */
 
 enum kind { RAM_MEMFD, RAM_FILE, RAM_ANONYMOUS, RAM_HUGETLB, RAM_IN_PLACE };

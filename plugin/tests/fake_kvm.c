@@ -75,7 +75,8 @@ bool page_is_private(uint64_t gpa)
 static void look_for_live(uint64_t gpa, uint64_t bytes, bool private_copy)
 {
     for (uint64_t at = gpa; at < gpa + bytes; at += PAGE) {
-        fake.violations += fake.launching || page_is_private(at) == private_copy;
+        fake.violations += fake.launching
+                           || (at / PAGE < FAKE_PAGES && page_is_private(at) == private_copy);
     }
 }
 
@@ -220,6 +221,7 @@ static int set_attributes(const struct upm_kvm_attributes *a)
 {
     void (*before)(void) = fake.before_attributes;
     int (*refuse)(void) = fake.refuse_attributes;
+    uint64_t end;
     int error;
 
     if (before) {
@@ -238,11 +240,10 @@ static int set_attributes(const struct upm_kvm_attributes *a)
         return -1;
     }
     pthread_mutex_lock(&attributes_lock); /* KVM's slots_lock */
-    for (uint64_t at = a->address; at < a->address + a->size; at += PAGE) {
-        if (at / PAGE < FAKE_PAGES) {
-            __atomic_store_n(&is_private[at / PAGE], !!(a->attributes & UPM_KVM_ATTRIBUTE_PRIVATE),
-                             __ATOMIC_SEQ_CST);
-        }
+    end = a->address + a->size < FAKE_PAGES * PAGE ? a->address + a->size : FAKE_PAGES * PAGE;
+    for (uint64_t at = a->address; at < end; at += PAGE) {
+        __atomic_store_n(&is_private[at / PAGE], !!(a->attributes & UPM_KVM_ATTRIBUTE_PRIVATE),
+                         __ATOMIC_SEQ_CST);
     }
     pthread_mutex_unlock(&attributes_lock);
     return 0;

@@ -29,8 +29,8 @@ FUNCTION = re.compile(
 class Mutant:
     """One change of a file: ``text[start:end]`` becomes ``new``.
 
-    ``text`` is what stands there, with its spaces squeezed; with ``number``, which counts equal ones
-    in a function, it names the mutant wherever the line has moved to.
+    ``text`` is what stands there, with its spaces squeezed; with ``number``, which counts equal
+    ones in a function, it names the mutant wherever the line has moved to.
     """
 
     file: str
