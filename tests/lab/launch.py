@@ -30,7 +30,7 @@ from typing import Any
 
 from tests.lab import image, newest
 from tests.lab.build import LabError, say
-from tests.lab.disturber import DISTURBANCES, MODES, Disturber, configure
+from tests.lab.disturber import DISTURBANCES, MODES, Disturber, await_discards, configure
 from tests.lab.inside import wait_until
 from tests.lab.launched import (
     DAEMON,
@@ -159,6 +159,8 @@ def run_disturbed(
                 outcome.launches.append(guest.launch(command(number), number))
             outcome.asked += disturber.asked
             look(guest, number, outcome)
+            if disturbance == "flush":
+                await_discards(guest)
         configure(guest, mode)
         outcome.stuck = crowd(guest)
     return outcome
@@ -265,6 +267,7 @@ def described(outcome: Outcome, stock: Outcome) -> dict[str, Any]:
             copy: min((stale[copy] for stale in outcome.stale_before_reset), default=0)
             for copy in ("private", "shared")
         },
+        "most_stale_pages_after_reset": max(map(len, outcome.stale), default=0),
         "ledger_is_true": ledger_is_true(outcome, stock),
         "stuck_threads": outcome.stuck,
     }
