@@ -59,7 +59,7 @@ class Torture(Direct):
                 **{
                     "private": pick(("eager", "defer", "defer")),
                     "shared": pick(("eager", "defer", "defer")),
-                    "lease-ms": pick((0, 20, 200, 2000)),
+                    "lease-ms": pick((0, 0, 0, 20, 200, 2000)),
                     "on-lease-expiry": pick(("eager", "eager", "keep")),
                     "notify-ms": pick((0, 1, 50)),
                 },
