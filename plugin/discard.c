@@ -186,7 +186,10 @@ static int punch(struct part *part, uint64_t from, uint64_t end)
         from = first + pages;
         if (!error) {
             upm.count.inline_[op->copy] += in_bytes(pages);
-        } else if (!keep_failed(part, first, pages)) {
+            continue;
+        }
+        op->region->failures++;
+        if (!keep_failed(part, first, pages)) {
             return error;
         }
     }

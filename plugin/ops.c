@@ -180,7 +180,6 @@ int op_punch(struct region *r, enum copy copy, uint64_t first, uint64_t pages)
     upm_lock();
     if (error) {
         upm.count.failed_discards++;
-        r->failures++;
     } else {
         upm.count.discards++;
         r->failures = 0;
