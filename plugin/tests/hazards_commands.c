@@ -245,6 +245,35 @@ static void records(void)
     expect(counter("conversions-to") == 5);
 }
 
+/* A conversion over more runs of stale pages than are worth a record each: a reader is told that it
+ * has missed something, whether it comes before or after. */
+static void many_runs(void)
+{
+    struct memory *m = start_private(RAM_MEMFD, 8 * MIB);
+    uint64_t head, missed;
+    char *reply;
+
+    defer_up_to(16 * MIB);
+    for (unsigned runs = 512; runs <= 513; runs++) {
+        expect(!guest_convert(m, 0, 8 * MIB, false) && !guest_convert(m, 0, 8 * MIB, true));
+        discard_and_wait("both", 0, 8 * MIB);
+        for (uint64_t i = 0; i < runs; i++) {
+            expect(!guest_convert(m, 2 * i * PAGE, PAGE, false));
+            expect(!guest_convert(m, 2 * i * PAGE, PAGE, true));
+        }
+        expect(query("stale-shared") == runs * PAGE);
+        head = query("head");
+        missed = query("dropped");
+        free(must("x-upm-read", "{\"cursor\": %llu, \"max\": 1}", (unsigned long long)head));
+        expect(!guest_convert(m, 0, 8 * MIB, true));
+        reply = must("x-upm-read", "{\"cursor\": %llu, \"max\": 2000}", (unsigned long long)head);
+        expect(!strstr(reply, "\"dropped\": 0") == (runs > 512));
+        expect((query("dropped") > missed) == (runs > 512));
+        free(reply);
+    }
+    expect(!fake.violations);
+}
+
 static bool lease_is_over(void)
 {
     return query("lease-expiries") == 1;
@@ -333,6 +362,7 @@ const struct hazard command_hazards[] = {
     { "budget", budget }, { "many-vcpus", many_vcpus },
     { "commands-do-not-wait", commands_do_not_wait }, { "requests", requests },
     { "served-meanwhile", served_meanwhile }, { "overrun", overrun }, { "records", records },
+    { "many-runs", many_runs },
     { "lease-runs-out", lease_runs_out }, { "bells", bells }, { "unterminated", unterminated },
     { NULL, NULL },
 };

@@ -93,6 +93,11 @@ def test_hazard_11_many_vcpus(hold: Hold) -> None:
     hold("many-vcpus")
 
 
+def test_hazard_11_threads_and_memory(hold: Hold) -> None:
+    """Hazard 11: the plugin's own memory for a thread, or for a large conversion, goes with it."""
+    hold("threads-and-memory")
+
+
 def test_hazard_12_notifications_pass(hold: Hold) -> None:
     """Hazard 12: DMA is unmapped before any discard of the copy, and ends nothing."""
     hold("notifications-pass")

@@ -26,6 +26,11 @@ def test_records(hold: Hold) -> None:
     hold("records")
 
 
+def test_many_runs(hold: Hold) -> None:
+    """A conversion over 513 runs of stale pages has no record of each: its reader is told."""
+    hold("many-runs")
+
+
 def test_overrun(hold: Hold) -> None:
     """Records that nobody has read are counted when they are overwritten."""
     hold("overrun")
