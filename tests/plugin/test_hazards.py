@@ -133,6 +133,11 @@ def test_hazard_14_vcpus_do_not_wait(hold: Hold) -> None:
     hold("vcpus-do-not-wait")
 
 
+def test_hazard_14_in_turn(hold: Hold) -> None:
+    """Hazard 14: a large conversion that waits has its turn before small ones that come later."""
+    hold("in-turn")
+
+
 def test_hazard_15_commands_do_not_wait(hold: Hold) -> None:
     """Hazard 15: every command answers while KVM converts and a punch is under way."""
     hold("commands-do-not-wait")
