@@ -122,6 +122,10 @@ class PageSet:
         """Bytes of all pages in the set."""
         return sum(len(pages) for pages in self._regions.values()) * PAGE_BYTES
 
+    def bytes_by_region(self) -> dict[int, int]:
+        """Bytes of the pages of each region."""
+        return {region: len(pages) * PAGE_BYTES for region, pages in self._regions.items()}
+
     @property
     def regions(self) -> list[int]:
         """Numbers of the regions that it has, or had, pages of."""
