@@ -73,7 +73,7 @@ async def _serve(config: Config, files: PressureFiles, manager: Notifier) -> Non
         tasks = [
             asyncio.create_task(host.run()),
             asyncio.create_task(lag.run(lambda s: manager.beat(s, lambda: _status(host)))),
-            asyncio.create_task(memory.collect_regularly()),
+            asyncio.create_task(host.supervisor.keep("memory", memory.collect_regularly)),
             asyncio.create_task(signals.stop.wait()),
         ]
         manager.ready(_status(host))

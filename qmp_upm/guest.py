@@ -25,8 +25,6 @@ TELL_SECONDS = 1.0
 
 Tell = Callable[[HostEventName, Mapping[str, object]], None]
 
-log = structlog.get_logger()
-
 
 @dataclass(frozen=True)
 class Admission:
@@ -44,6 +42,7 @@ class Guest:
     def __init__(self, admission: Admission, tell: Tell, clock: Clock) -> None:
         self.clock = clock
         self.name = admission.name
+        self.log = structlog.get_logger(vm=self.name)
         self.settings = admission.settings
         self.telemetry = admission.telemetry
         self.totals = admission.totals
@@ -88,6 +87,7 @@ class Guest:
         self.totals, self.stats = admission.totals, admission.totals.stats
         self.policy.stats = self.stats
         self.name, self.telemetry = admission.name, admission.telemetry
+        self.log = structlog.get_logger(vm=self.name)
         self.configure(admission.settings)
 
     def configure(self, settings: VmSettings) -> None:
@@ -105,7 +105,7 @@ class Guest:
         self.policy.swap(table.name, table.make())
         self.table = table
         parameters = table.parameters
-        log.info("policy-changed", vm=self.name, policy=table.name, parameters=parameters)
+        self.log.info("policy-changed", policy=table.name, parameters=parameters)
         self.telemetry.line("policy", policy=table.name, parameters=parameters)
         self.tell(HostEventName.POLICY_CHANGED, policy=table.name, parameters=parameters)
 
@@ -183,9 +183,8 @@ class Guest:
 
     def _say_fallback(self, error: str) -> None:
         policy = self.table.name
-        log.error(
+        self.log.error(
             "fallback",
-            vm=self.name,
             policy=policy,
             error=error,
             hint="its VM goes on with eager until another policy is set; tell the policy's author",
