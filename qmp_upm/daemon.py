@@ -4,7 +4,7 @@
 import asyncio
 import resource
 import signal
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, closing
 
 import structlog
 
@@ -46,9 +46,14 @@ class _Signals:
 
     async def _reload(self) -> None:
         self._manager.reloading()
-        with suppress(ConfigError):  # the host has logged it, and goes on as it was
+        try:
             await self._host.reload()
-        self._manager.ready(_status(self._host))
+        except ConfigError:
+            pass  # the host has logged it, and goes on as it was
+        except Exception:
+            log.exception("reload-died", hint="report this; restart the daemon to be sure")
+        finally:  # systemd waits for it, whatever has happened
+            self._manager.ready(_status(self._host))
 
 
 def _status(host: Host) -> str:

@@ -49,7 +49,7 @@ class Guest:
         self.stats = self.totals.stats
         self.table = self.settings.policy
         """Which policy, and with which parameters."""
-        self.policy = ContainedPolicy(self.table.make(), self.stats, clock)
+        self.policy = ContainedPolicy(self.table.make, self.stats, clock)
         self.batches: Publisher[Block] = Publisher(BOUNDS)
         self.pressure = Pressure()
         self.chosen_policy: PolicyTable | None = None
@@ -61,6 +61,7 @@ class Guest:
         self._followed_ns = 0
         self._tell = tell
         self._told_ns: dict[HostEventName, int] = {}
+        self._said_fallback: str | None = None
         self.set_budget()
 
     @property
@@ -95,19 +96,24 @@ class Guest:
         before, self.settings = self.settings, settings
         if settings.budget != before.budget:
             self.chosen_budget = None
-        if settings.policy != before.policy:
+        if settings.policy.factory() != before.policy.factory():
             self.chosen_policy = None
-            self.swap(settings.policy)
+            self.policy.replace(settings.policy.name, settings.policy.make)
+            self._say_policy(settings.policy)
         self.set_budget()
 
     def swap(self, table: PolicyTable) -> None:
         """Another policy over the same ledger. ConfigError or PolicyError: the one before stays."""
-        self.policy.swap(table.name, table.make())
+        self.policy.swap(table.name, table.make)
+        self._say_policy(table)
+
+    def _say_policy(self, table: PolicyTable) -> None:
         self.table = table
         parameters = table.parameters
         self.log.info("policy-changed", policy=table.name, parameters=parameters)
         self.telemetry.line("policy", policy=table.name, parameters=parameters)
         self.tell(HostEventName.POLICY_CHANGED, policy=table.name, parameters=parameters)
+        self._say_fallback()
 
     def tell(self, event: HostEventName, **data: object) -> None:
         """Tell the host's subscribers."""
@@ -174,15 +180,18 @@ class Guest:
 
         For the policy it is when the batch was followed: the time in the ledger, and in a trace.
         """
-        before = self.policy.fallen_back
         now_ns = self._followed_ns if len(batch) else self.clock.monotonic_ns()
         decision = self.policy.decide(batch, self.ledger, now_ns, self.pressure)
-        if self.policy.fallen_back != before:
-            self._say_fallback(str(self.policy.fallen_back))
+        self._say_fallback()
         return decision
 
-    def _say_fallback(self, error: str) -> None:
-        policy = self.table.name
+    def _say_fallback(self) -> None:
+        error, policy = self.policy.fallen_back, self.table.name
+        if error == self._said_fallback:
+            return
+        self._said_fallback = error
+        if error is None:
+            return
         self.log.error(
             "fallback",
             policy=policy,

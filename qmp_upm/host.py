@@ -129,7 +129,7 @@ class Host:
                 "a policy has no parameter 'name'", hint="the policy is named by itself"
             )
         table = PolicyTable.model_validate({"name": policy} | dict(parameters))
-        table.make()
+        table.factory()
         await self._ask(session, SetPolicy(table), ASK_SECONDS)
 
     async def set_budget(self, name: str, budget_bytes: int | None) -> None:
