@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from qmp_upm.listen import Listen
 from qmp_upm.paths import CONTROL_SOCKET
-from qmp_upm.policy import Policy, make_policy
+from qmp_upm.policy import Policy, PolicyFactory, find_policy
 from qmp_upm.units import Bytes, Seconds
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -36,15 +36,25 @@ class PolicyTable(BaseModel):
 
     name: str = "lazy"
     """One of the installed policies."""
+    _factory: PolicyFactory | None = PrivateAttr(None)
 
     @property
     def parameters(self) -> dict[str, object]:
         """What is given beside the name."""
         return dict(self.__pydantic_extra__ or {})
 
+    def factory(self) -> PolicyFactory:
+        """The policy with these parameters, as it was when first asked for.
+
+        A configuration asks when it is loaded. ConfigError if there is no such policy.
+        """
+        if self._factory is None:
+            self._factory = find_policy(self.name, self.parameters)
+        return self._factory
+
     def make(self) -> Policy:
-        """The policy with these parameters; ConfigError if it can't be made."""
-        return make_policy(self.name, self.parameters)
+        """One for another VM. Raises what the policy's own code raises, and ConfigError."""
+        return self.factory()()
 
 
 class TelemetryTable(_Table):

@@ -182,7 +182,7 @@ def _contradictions(config: Config) -> Iterator[tuple[Key, str, str]]:
         **{("vms", name): vm for name, vm in config.vms.items()},
     }
     for key, table in tables.items():
-        if "policy" in table.model_fields_set:
+        if "policy" in table.model_fields_set or key == ("defaults",):
             yield from _policy_problem((*key, "policy"), table.policy)
     sockets: dict[str, str] = {}
     for name, vm in config.vms.items():
@@ -209,7 +209,7 @@ def _contradictions(config: Config) -> Iterator[tuple[Key, str, str]]:
 
 def _policy_problem(key: Key, policy: PolicyTable) -> Iterator[tuple[Key, str, str]]:
     try:
-        policy.make()
+        policy.factory()
     except ConfigError as error:
         wrong = [name for name in policy.parameters if f": {name}: " in error.message]
         yield (*key, *wrong[:1]), error.message, error.hint

@@ -25,8 +25,6 @@ TELL_SECONDS = 1.0
 
 Tell = Callable[[HostEventName, Mapping[str, object]], None]
 
-log = structlog.get_logger()
-
 
 @dataclass(frozen=True)
 class Admission:
@@ -44,13 +42,14 @@ class Guest:
     def __init__(self, admission: Admission, tell: Tell, clock: Clock) -> None:
         self.clock = clock
         self.name = admission.name
+        self.log = structlog.get_logger(vm=self.name)
         self.settings = admission.settings
         self.telemetry = admission.telemetry
         self.totals = admission.totals
         self.stats = self.totals.stats
         self.table = self.settings.policy
         """Which policy, and with which parameters."""
-        self.policy = ContainedPolicy(self.table.make(), self.stats, clock)
+        self.policy = ContainedPolicy(self.table.make, self.stats, clock)
         self.batches: Publisher[Block] = Publisher(BOUNDS)
         self.pressure = Pressure()
         self.chosen_policy: PolicyTable | None = None
@@ -64,6 +63,7 @@ class Guest:
         self._followed_ns = 0
         self._tell = tell
         self._told_ns: dict[HostEventName, int] = {}
+        self._said_fallback: str | None = None
         self.set_budget()
 
     @property
@@ -90,6 +90,7 @@ class Guest:
         self.totals, self.stats = admission.totals, admission.totals.stats
         self.policy.stats = self.stats
         self.name, self.telemetry = admission.name, admission.telemetry
+        self.log = structlog.get_logger(vm=self.name)
         self.configure(admission.settings)
 
     def configure(self, settings: VmSettings) -> None:
@@ -97,19 +98,24 @@ class Guest:
         before, self.settings = self.settings, settings
         if settings.budget != before.budget:
             self.chosen_budget = None
-        if settings.policy != before.policy:
+        if settings.policy.factory() != before.policy.factory():
             self.chosen_policy = None
-            self.swap(settings.policy)
+            self.policy.replace(settings.policy.name, settings.policy.make)
+            self._say_policy(settings.policy)
         self.set_budget()
 
     def swap(self, table: PolicyTable) -> None:
         """Another policy over the same ledger. ConfigError or PolicyError: the one before stays."""
-        self.policy.swap(table.name, table.make())
+        self.policy.swap(table.name, table.make)
+        self._say_policy(table)
+
+    def _say_policy(self, table: PolicyTable) -> None:
         self.table = table
         parameters = table.parameters
-        log.info("policy-changed", vm=self.name, policy=table.name, parameters=parameters)
+        self.log.info("policy-changed", policy=table.name, parameters=parameters)
         self.telemetry.line("policy", policy=table.name, parameters=parameters)
         self.tell(HostEventName.POLICY_CHANGED, policy=table.name, parameters=parameters)
+        self._say_fallback()
 
     def tell(self, event: HostEventName, **data: object) -> None:
         """Tell the host's subscribers."""
@@ -201,18 +207,20 @@ class Guest:
 
         For the policy it is when the batch was followed: the time in the ledger, and in a trace.
         """
-        before = self.policy.fallen_back
         now_ns = self._followed_ns if len(batch) else self.clock.monotonic_ns()
         decision = self.policy.decide(batch, self.ledger, now_ns, self.pressure)
-        if self.policy.fallen_back != before:
-            self._say_fallback(str(self.policy.fallen_back))
+        self._say_fallback()
         return decision
 
-    def _say_fallback(self, error: str) -> None:
-        policy = self.table.name
-        log.error(
+    def _say_fallback(self) -> None:
+        error, policy = self.policy.fallen_back, self.table.name
+        if error == self._said_fallback:
+            return
+        self._said_fallback = error
+        if error is None:
+            return
+        self.log.error(
             "fallback",
-            vm=self.name,
             policy=policy,
             error=error,
             hint="its VM goes on with eager until another policy is set; tell the policy's author",

@@ -26,6 +26,7 @@ from qmp_upm.roster import Roster
 from qmp_upm.rotation import CappedDirectory
 from qmp_upm.settings import Setting, configured
 from qmp_upm.stats import State, VmView
+from qmp_upm.supervision import Supervisor
 from qmp_upm.telemetry import TelemetryWriter
 from qmp_upm.trace import Block
 from qmp_upm.vm import Session
@@ -65,11 +66,14 @@ class Host:
         self.config = config
         self.reload_state = ReloadState(successful=True, time=self._clock.wall())
         self.events: Publisher[HostEvent] = Publisher()
+        self.supervisor = Supervisor(self._clock)
         where = config.telemetry
         self.telemetry = TelemetryWriter(
-            CappedDirectory(where.directory, where.file_size, where.total_size)
+            CappedDirectory(where.directory, where.file_size, where.total_size), self.supervisor
         )
-        self.roster = Roster(lambda: self.config, self.telemetry, self._publish, self._clock)
+        self.roster = Roster(
+            lambda: self.config, self.telemetry, self._publish, self._clock, self.supervisor
+        )
         self._balancer = Balancer(
             self.roster.sessions, lambda: self.config.host.budget, self._clock
         )
@@ -97,15 +101,10 @@ class Host:
         """Find VMs and follow what changes until cancelled; then leave them all fail-safe."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._discover())
-                tasks.create_task(self._balancer.run())
-                tasks.create_task(
-                    watch_pressure(
-                        self._files,
-                        self.roster.sessions,
-                        lambda: self.config.host.pressure_interval,
-                    )
-                )
+                keep = self.supervisor.keep
+                tasks.create_task(keep("discovery", self._discover))
+                tasks.create_task(keep("balancer", self._balancer.run))
+                tasks.create_task(keep("pressure", self._watch_pressure))
         finally:
             await self.roster.remove(*self.roster.sessions())
             self.events.close()
@@ -130,7 +129,7 @@ class Host:
                 "a policy has no parameter 'name'", hint="the policy is named by itself"
             )
         table = PolicyTable.model_validate({"name": policy} | dict(parameters))
-        table.make()
+        table.factory()
         await self._ask(session, SetPolicy(table), ASK_SECONDS)
 
     async def set_budget(self, name: str, budget_bytes: int | None) -> None:
@@ -201,6 +200,11 @@ class Host:
                 f"{session.name} did not do it within {seconds:.0f} s: {session.state}",
                 hint="the log says what is the matter with it; nothing has been changed",
             ) from error
+
+    async def _watch_pressure(self) -> None:
+        await watch_pressure(
+            self._files, self.roster.sessions, lambda: self.config.host.pressure_interval
+        )
 
     async def _discover(self) -> None:
         while True:

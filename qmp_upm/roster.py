@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sessions of a host, each with a task and a name of its own.
-
-One that dies of a defect is seen and begun again; the others go on.
-"""
+"""The sessions of a host, each with a task and a name of its own."""
 
 import asyncio
 from collections import OrderedDict
@@ -17,10 +14,10 @@ from qmp_upm.events import HostEvent, HostEventName
 from qmp_upm.guest import Admission
 from qmp_upm.identity import Identity, unique
 from qmp_upm.stats import PluginTotals, VmStats
+from qmp_upm.supervision import Supervisor
 from qmp_upm.telemetry import TelemetryWriter
 from qmp_upm.vm import Session
 
-RESTART_SECONDS = 5.0
 LEAVE_SECONDS = 4.0
 """How long VMs may take to be left, all at the same time."""
 REMEMBERED_MOST = 1024
@@ -38,14 +35,14 @@ class Roster:
         telemetry: TelemetryWriter,
         publish: Callable[[HostEvent], None],
         clock: Clock,
+        supervisor: Supervisor,
     ) -> None:
         self.by_name: dict[str, Session] = {}
-        self.deaths = 0
-        """Sessions that died of a defect."""
         self._config = config
         self._telemetry = telemetry
         self._publish = publish
         self._clock = clock
+        self._supervisor = supervisor
         self._tasks: dict[Session, asyncio.Task[None]] = {}
         self._totals: OrderedDict[str, PluginTotals] = OrderedDict()
 
@@ -75,7 +72,10 @@ class Roster:
             session.guest.share = 0
             session.guest.set_budget()
         self.by_name[name] = session
-        self._tasks[session] = asyncio.create_task(self._supervise(session), name=f"vm {socket}")
+        self._tasks[session] = asyncio.create_task(
+            self._supervisor.keep("session", session.run, lambda: session.name),
+            name=f"vm {socket}",
+        )
         self._publish(HostEvent(HostEventName.VM_ADDED, name, {"socket": socket}))
         return session
 
@@ -93,15 +93,6 @@ class Roster:
         for session in sessions:
             self._remember(session.name, session.guest.totals)
             self._publish(HostEvent(HostEventName.VM_REMOVED, session.name))
-
-    async def _supervise(self, session: Session) -> None:
-        while True:
-            try:
-                await session.run()
-            except Exception:
-                self.deaths += 1
-                log.exception("session-died", vm=session.name, hint="report this; it is restarted")
-            await asyncio.sleep(self._clock.jittered(RESTART_SECONDS))
 
     def _tell(self, session: Session, event: HostEventName, data: Mapping[str, object]) -> None:
         self._publish(HostEvent(event, session.name, data))

@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import structlog
-
 from qmp_upm.backends import KvmAttributes, Request, Settings
 from qmp_upm.errors import (
     CommandError,
@@ -61,8 +59,6 @@ COMPANIES = 16
 """In which sessions do what has some time: half of them, as jitter has it."""
 DRAIN_SECONDS = 2.0
 """How long the plugin may take to give back what is above a smaller budget."""
-
-log = structlog.get_logger()
 
 
 class _Flush:
@@ -388,9 +384,7 @@ class Serving:
 
     async def _on_lease_expired(self) -> None:
         self._guest.stats.lease_expiries += 1
-        log.warning(
-            "lease-expired", vm=self._guest.name, hint="this daemon was too slow, or stopped"
-        )
+        self._guest.log.warning("lease-expired", hint="this daemon was too slow, or stopped")
         self._guest.tell_rarely(HostEventName.LEASE_EXPIRED)
         await self._configure(self._backend.deferred or frozenset(), self._backend.hold_bytes)
 
@@ -440,9 +434,8 @@ class Serving:
                 self._take(query)
                 self._guest.telemetry.line("detached", counters=query.counters)
         except (TimeoutError, PeerError) as error:
-            log.warning(
+            self._guest.log.warning(
                 "not-left-cleanly",
-                vm=self._guest.name,
                 error=str(error) or f"not done within {LEAVE_SECONDS} s",
                 hint="the plugin does the same by itself when the lease runs out",
             )
@@ -456,4 +449,4 @@ class Serving:
                         self._on_event(event)
                     await self._backend.pump()
         except TimeoutError:
-            log.info("discards-under-way", vm=self._guest.name)
+            self._guest.log.info("discards-under-way")

@@ -24,6 +24,7 @@ import aiofiles.os
 import structlog
 
 from qmp_upm.rotation import CappedDirectory, older_parts
+from qmp_upm.supervision import Supervisor
 
 QUEUE_BYTES = 256 << 10
 """Bytes of a VM's lines that wait for the disk; more are lost."""
@@ -115,8 +116,9 @@ class _DiskThread(Executor):
 class TelemetryWriter:
     """The task that writes, one pass at a time. ``files`` says where, and how much at most."""
 
-    def __init__(self, files: CappedDirectory) -> None:
+    def __init__(self, files: CappedDirectory, supervisor: Supervisor | None = None) -> None:
         self.files = files
+        self._supervisor = supervisor or Supervisor()
         self._dirty: deque[Telemetry] = deque()
         self._work = asyncio.Event()
         self._stop = asyncio.Event()
@@ -134,7 +136,8 @@ class TelemetryWriter:
 
     def start(self) -> None:
         """Begin to write."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        keeping = self._supervisor.keep("telemetry", self._run)
+        self._task = asyncio.get_running_loop().create_task(keeping)
 
     async def close(self, seconds: float) -> bool:
         """Write what is left, and end; False if the disk did not take it in that time."""
@@ -152,6 +155,7 @@ class TelemetryWriter:
 
     async def _run(self) -> None:
         write, disk = aiofiles.os.wrap(self.write_queued), _DiskThread()
+        self._work.set()  # what a pass that died has left
         while not self._stop.is_set():
             await self._work.wait()
             with suppress(TimeoutError):

@@ -7,8 +7,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-import structlog
-
 from qmp_upm.asks import Apply, Ask, Flush, SetBudget, SetPolicy, SetShare
 from qmp_upm.clock import Clock
 from qmp_upm.errors import (
@@ -37,8 +35,6 @@ REFUSED_SECONDS = 5.0
 """Between two looks at a QEMU without the plugin: it can't get one while it runs."""
 ASKS_MOST = 64
 """Of the host, that wait for the session."""
-
-log = structlog.get_logger()
 
 Admit = Callable[["Session", Identity], Admission]
 
@@ -218,9 +214,8 @@ class Session:
         self._trouble = None
         self._plugin = query
         self._to(State.ATTACHED)
-        log.info(
+        guest.log.info(
             "attached",
-            vm=guest.name,
             qemu=monitor.qemu_version,
             vm_kind=query.vm_kind,
             policy=guest.table.name,
@@ -246,7 +241,7 @@ class Session:
         trouble = Trouble(error=error.message, hint=error.hint)
         if trouble != self._trouble or state is not self.state:
             event = "refused" if state is State.REFUSED else "lost"
-            log.warning(event, vm=self.name, state=state, error=error.message, hint=error.hint)
+            self.guest.log.warning(event, state=state, error=error.message, hint=error.hint)
             self.guest.telemetry.line(event, state=state, error=error.message, hint=error.hint)
         self._trouble = trouble
         self._to(state)

@@ -131,7 +131,9 @@ class Replay:
         self.timeline = timeline
         self.at = 0
         self._now_ns = timeline.start_ns
-        self._policy = ContainedPolicy(policy, VmStats(), Clock(monotonic_ns=lambda: self._now_ns))
+        self._policy = ContainedPolicy(
+            lambda: policy, VmStats(), Clock(monotonic_ns=lambda: self._now_ns)
+        )
         self._machine = Machine(timeline, budget_bytes)
         self._ledger = Ledger(budget_bytes)
         self._records = timeline.records.copy()

@@ -155,7 +155,7 @@ def test_converges(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
             chaos.guest_works()
             chaos.strike()
             chaos.converge()
-        assert "session-died" not in chaos.daemon.log()
+        assert "task-died" not in chaos.daemon.log()
         assert "Traceback" not in chaos.daemon.log()
     finally:
         chaos.daemon.close()

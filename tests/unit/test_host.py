@@ -221,7 +221,7 @@ async def test_session_that_dies_is_seen_and_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A defect of ours in one session costs that VM a moment, and nobody else anything."""
-    monkeypatch.setattr("qmp_upm.roster.RESTART_SECONDS", 0.01)
+    monkeypatch.setattr("qmp_upm.supervision.RESTART_SECONDS", 0.01)
     deaths = iter([True, True])
     run = Session.run
 
@@ -238,7 +238,7 @@ async def test_session_that_dies_is_seen_and_begun_again(
         hosting(file) as host,
     ):
         await until(lambda: states(host) == {"a": "attached", "b": "attached"})
-        assert host.roster.deaths == 2
+        assert host.supervisor.deaths == {"session": 2}
         assert host.ready
 
 
