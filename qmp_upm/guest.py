@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is known of a VM whether or not it is attached: settings, policy, ledger and counters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -15,6 +15,7 @@ from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Decision, Pressure
 from qmp_upm.protocol import Copy, Query
 from qmp_upm.recording import BOUNDS
+from qmp_upm.remarks import Remark, remarks
 from qmp_upm.stats import PluginTotals
 from qmp_upm.telemetry import Telemetry
 from qmp_upm.trace import Block
@@ -57,6 +58,7 @@ class Guest:
         self.share: int | None = None
         """Of the host's budget; None while the host has none."""
         self.ledger = Ledger(self.budget_bytes)
+        self.remarks: Sequence[Remark] = ()
         self._touched = PageSet()
         self._regions: set[int] = set()
         self._unseen = dict.fromkeys(Copy, 0)
@@ -169,6 +171,7 @@ class Guest:
         """The plugin's counters, which are exact whatever was dropped on the way, and regions."""
         self.totals.take(query.counters, query.latency_ns)
         self.stats.peak_stale_bytes = query.stale.peak
+        self.remarks = remarks(query.regions)
         known = {region.id for region in query.regions}
         gone = self.ledger.forget_regions_but(known) | (self._regions - known)
         self._touched.drop_regions(set(self._touched.regions) - known)

@@ -93,6 +93,7 @@ class Session:
             fallen_back=guest.policy.fallen_back,
             budget_bytes=guest.budget_bytes,
             stale_bytes=dict(guest.stats.stale_bytes),
+            remarks=guest.remarks,
             stats=guest.stats.snapshot(),
         )
 
