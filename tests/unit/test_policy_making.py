@@ -164,6 +164,7 @@ def test_what_cant_be_loaded_is_an_error_of_the_configuration(
     assert [(one.key, one.line is not None) for one in problems] == [("defaults.policy", True)]
 
 
+@pytest.mark.traceback
 async def test_a_hangup_ends_with_ready_whatever_happened() -> None:
     """The service manager waits for it."""
     said: list[str] = []
