@@ -35,6 +35,7 @@ from qmp_upm.protocol import (
     Query,
 )
 from qmp_upm.qmp import Monitor
+from qmp_upm.stats import FEW_DISCARDS, FEW_SECONDS
 from qmp_upm.units import NSEC
 
 LEAVE_SECONDS = 2.5
@@ -392,8 +393,11 @@ class Serving:
         request = self._backend.complete(done)
         if request is None:
             return
-        self._want_refresh()
         stats, discard = self._guest.stats, request.discard
+        self._want_refresh()
+        if stats.discard_calls < FEW_DISCARDS:
+            soon_ns = self._guest.clock.monotonic_ns() + int(FEW_SECONDS * NSEC)
+            self._refresh_ns = min(self._refresh_ns or soon_ns, soon_ns)
         stats.count_discard(discard.copy, discard.reason, done.discarded, done.skipped)
         if done.error is not None:
             stats.failed_discards += 1
