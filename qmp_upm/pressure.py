@@ -60,7 +60,7 @@ async def watch_pressure(
         host = files.of_host()
         for session in sessions():
             if any(session.guest.stats.stale_bytes.values()):
-                now = files.of_vm(host, session.peer_pid) if session.peer_pid > 0 else host
+                now = files.of_vm(host, session.peer.process) if session.peer.process > 0 else host
                 if _differs(session.guest.pressure, now):
                     session.feel(now)
         await asyncio.sleep(interval_s())

@@ -69,7 +69,7 @@ class Region(Message):
     id: RegionId
     name: Annotated[str, Field(max_length=256)]
     size: Size
-    backing: str
+    backing: Annotated[str, Field(max_length=64)]
     stale_private: Count
     stale_shared: Count
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qmp_upm.configfile import load_config
+from qmp_upm.credentials import ReadCredentials, read_credentials
 from qmp_upm.errors import ConfigError, UnavailableError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName
 from qmp_upm.host import Host
@@ -36,10 +37,14 @@ FAST = "[host]\ndiscovery_interval = 0.01\npressure_interval = 0.01\n"
 
 
 @contextlib.asynccontextmanager
-async def hosting(file: Path, files: PressureFiles | None = None) -> AsyncIterator[Host]:
+async def hosting(
+    file: Path,
+    files: PressureFiles | None = None,
+    read_credentials: ReadCredentials = read_credentials,
+) -> AsyncIterator[Host]:
     """A host at work, which must leave nothing behind."""
     before = asyncio.all_tasks()
-    host = Host(load_config(file), files=files)
+    host = Host(load_config(file), files=files, read_credentials=read_credentials)
     host.start()
     task = asyncio.create_task(host.run())
     try:
@@ -307,7 +312,7 @@ async def test_pressure_reaches_the_policy(tmp_path: Path) -> None:
     ):
         await until(lambda: states(host) == {"web": "attached"})
         (session,) = host.sessions
-        own = proc / str(session.peer_pid)
+        own = proc / str(session.peer.process)
         own.mkdir()
         (own / "cgroup").write_text("1:name=systemd:/old\n0::/machine.slice/web\n")
         group = cgroup / "machine.slice" / "web"
