@@ -67,7 +67,7 @@ class TimedPlugin(FakePlugin):
         if self._since_ns is None:
             self._since_ns = time.monotonic_ns()
         at = self._runs % WINDOW_RUNS
-        unshare = self._runs // WINDOW_RUNS % 2 == 1
+        unshare = self._runs // WINDOW_RUNS % 2 == 0
         size = pages * PAGE
         self.convert(1, at * (size + PAGE), size, to_private=unshare, count=pages)
         self._runs += 1

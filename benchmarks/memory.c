@@ -30,14 +30,14 @@ int main(void)
 
     fake_start();
     region = region_new(-2, GUEST_BYTES);
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     for (uint64_t i = 0; i < pages / 100; i++) {
         r ^= r << 13;
         r ^= r >> 7;
         r ^= r << 17;
-        ledger_add(region, i % 2 ? PRIVATE : SHARED, r % pages, 1);
+        ledger_add(region, i % 2 ? PRIVATE : SHARED, r % pages, 1ull << r % pages % WORD_BITS);
     }
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
     printf("{\"resident_bytes\": %llu, \"guest_ram_bytes\": %llu}\n",
            (unsigned long long)(resident() - before), GUEST_BYTES);
     return 0;

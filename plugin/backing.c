@@ -1,14 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What the shared side of a region is made of: looked up once, when the region's first slot is
- * registered, from the process's own mappings and files.
+ * registered, from the process's own mappings.
  */
 #include "upm.h"
 
-#include <dirent.h>
-#include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -17,6 +14,11 @@
 #include <unistd.h>
 
 #include <linux/magic.h>
+
+#define FILES_LOOKED_AT 1024
+/* As /proc/self/maps names them. */
+#define SHARED_ANONYMOUS "/dev/zero"
+#define MEMFD "/memfd:"
 
 struct mapping {
     unsigned long start, end, offset, inode;
@@ -50,86 +52,63 @@ static bool same_file(int fd, const struct mapping *m)
     return !fstat(fd, &st) && st.st_ino == m->inode && st.st_dev == makedev(m->major, m->minor);
 }
 
-/* The descriptor through which QEMU discards: writable, of the mapped file. */
-static int find_fd(const struct mapping *m)
+/* The file system of the mapped file, by any descriptor of that. Which one does not matter; the one
+ * that QEMU discards in is learnt from QEMU. Not by /proc/self/fd: libvirt's AppArmor profile denies
+ * that. */
+static bool find_file_system(const struct mapping *m, struct statfs *fs)
 {
-    DIR *dir = opendir("/proc/self/fd");
-    struct dirent *entry;
-    int found = -1;
-
-    while (dir && found < 0 && (entry = readdir(dir))) {
-        int fd = atoi(entry->d_name);
-
-        if (entry->d_name[0] != '.' && fd != dirfd(dir) && same_file(fd, m)
-            && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR) {
-            found = fd;
+    for (int fd = 0; fd < FILES_LOOKED_AT; fd++) {
+        if (same_file(fd, m)) {
+            return !fstatfs(fd, fs);
         }
     }
-    if (dir) {
-        closedir(dir);
-    }
-    return found;
+    return false;
 }
 
-static enum backing backing_of(struct region *r, const struct mapping *m, int fd)
+static void set_backing(struct backing_facts *f, int private_fd, const struct mapping *m)
 {
     struct statfs fs;
 
-    if (same_file(r->private_fd, m)) {
-        return BACKING_IN_PLACE;
+    f->advice = m->sharing == 's' ? MADV_REMOVE : MADV_DONTNEED;
+    if (same_file(private_fd, m)) {
+        f->backing = BACKING_IN_PLACE;
+    } else if (!m->inode || !strncmp(m->path, SHARED_ANONYMOUS, strlen(SHARED_ANONYMOUS))) {
+        f->backing = BACKING_ANONYMOUS;
+    } else if (find_file_system(m, &fs) && fs.f_type == HUGETLBFS_MAGIC) {
+        f->backing = BACKING_HUGETLB;
+        f->page_bytes = fs.f_bsize;
+    } else if (m->sharing != 's') {
+        f->backing = BACKING_UNKNOWN; /* two copies of its own: QEMU's discards stay its own */
+    } else {
+        f->backing = strncmp(m->path, MEMFD, strlen(MEMFD)) ? BACKING_FILE : BACKING_MEMFD;
     }
-    if (!m->inode || fd < 0) {
-        /* Without a file: private, or shared anonymous memory ("/dev/zero"). */
-        bool anonymous = !m->inode || !strncmp(m->path, "/dev/zero", 9);
-
-        r->advice = m->sharing == 's' ? MADV_REMOVE : MADV_DONTNEED;
-        return anonymous ? BACKING_ANONYMOUS : BACKING_UNKNOWN;
-    }
-    if (fstatfs(fd, &fs)) {
-        return BACKING_UNKNOWN;
-    }
-    if (fs.f_type == HUGETLBFS_MAGIC) {
-        r->shared_page_bytes = fs.f_bsize;
-        return BACKING_HUGETLB;
-    }
-    if (m->sharing != 's') {
-        return BACKING_UNKNOWN; /* two copies of its own: QEMU warns of it, and keeps its discards */
-    }
-    return strncmp(m->path, "/memfd:", 7) ? BACKING_FILE : BACKING_MEMFD;
 }
 
-static void set_name(struct region *r, const struct mapping *m)
+static void set_name(struct backing_facts *f, const struct mapping *m)
 {
     const char *name = m->inode ? m->path : "anonymous", *slash = strrchr(name, '/');
     char *deleted;
 
-    snprintf(r->name, sizeof(r->name), "%.*s", (int)sizeof(r->name) - 1, slash ? slash + 1 : name);
-    deleted = strstr(r->name, " (deleted)");
+    snprintf(f->name, sizeof(f->name), "%.*s", (int)sizeof(f->name) - 1, slash ? slash + 1 : name);
+    deleted = strstr(f->name, " (deleted)");
     if (deleted) {
         *deleted = '\0';
     }
 }
 
 /* `address` is where byte `offset` of the region is mapped. */
-void backing_learn(struct region *r, uint64_t address, uint64_t offset)
+struct backing_facts backing_look(int private_fd, uint64_t address, uint64_t offset)
 {
+    struct backing_facts f = { .backing = BACKING_UNKNOWN, .page_bytes = PAGE_BYTES };
     struct mapping m;
-    enum backing backing;
-    int fd;
 
-    if (!find_mapping(address, &m)) {
-        return;
+    if (find_mapping(address, &m)) {
+        f.file = (struct file_place) {
+            .device = makedev(m.major, m.minor), .inode = m.inode,
+            .offset = m.offset + (address - m.start) - offset,
+        };
+        set_name(&f, &m);
+        set_backing(&f, private_fd, &m);
     }
-    fd = m.inode ? find_fd(&m) : -1;
-
-    pthread_mutex_lock(&upm.lock);
-    set_name(r, &m);
-    backing = backing_of(r, &m, fd);
-    if (backing == BACKING_MEMFD || backing == BACKING_FILE) {
-        r->shared_fd = fd;
-        r->shared_offset = m.offset + (address - m.start) - offset;
-    }
-    r->host = (char *)(address - offset);
-    r->backing = backing;
-    pthread_mutex_unlock(&upm.lock);
+    return f;
 }

@@ -11,6 +11,9 @@
 #define READ_MOST RING_RECORDS
 #define STALE_MOST 16384
 #define RANGES_MOST 16384
+/* What is looked at in one hold of the lock. */
+#define RUNS_AT_ONCE 1024
+#define RANGES_AT_ONCE 64
 #define MS_MOST (24 * 3600 * 1000)
 
 static void reply(struct qobject **result, struct text *t, struct qerror **error)
@@ -39,11 +42,14 @@ static void cmd_query(struct qdict *dict, struct qobject **result, struct qerror
     if (!args) {
         return;
     }
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     upm.count.commands++;
-    status_add(&t);
-    pthread_mutex_unlock(&upm.lock);
-    reply(result, &t, error);
+    upm_unlock();
+    if (status_add(&t)) {
+        reply(result, &t, error);
+    } else {
+        qemu_fail(error, "no memory for the reply");
+    }
     args_free(args, text);
 }
 
@@ -103,11 +109,11 @@ static void cmd_configure(struct qdict *dict, struct qobject **result, struct qe
         return;
     }
     if (read_settings(args, &s, error)) {
-        pthread_mutex_lock(&upm.lock);
+        upm_lock();
         apply_settings(&s);
         count_command();
         worker_kick();
-        pthread_mutex_unlock(&upm.lock);
+        upm_unlock();
     }
     args_free(args, text);
 }
@@ -121,13 +127,16 @@ struct excerpt {
 /* With the lock held. False if the cursor is from the future. */
 static bool take_records(struct excerpt *e, uint64_t cursor, uint64_t most)
 {
-    uint64_t oldest = ring_oldest();
+    uint64_t oldest;
 
+    convert_record_pending(now_ns());
     if (cursor > upm.head) {
         return false;
     }
+    oldest = ring_oldest();
     e->lost = cursor < oldest ? oldest - cursor : 0;
     cursor += e->lost;
+    e->lost += cursor < upm.gap;
     e->count = upm.head - cursor < most ? upm.head - cursor : most;
     for (uint64_t i = 0; i < e->count; i++) {
         e->records[i] = upm.ring[(cursor + i) % RING_RECORDS];
@@ -181,9 +190,9 @@ static void cmd_read(struct qdict *dict, struct qobject **result, struct qerror 
         qemu_fail(error, "no memory for the reply");
         goto out;
     }
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     ok = take_records(&e, cursor, most);
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
     if (!ok) {
         qemu_fail(error, "Parameter 'cursor' is beyond the newest record");
         goto out;
@@ -201,21 +210,39 @@ struct runs {
     bool done;
 };
 
-/* With the lock held. */
-static void take_runs(struct runs *runs, const struct region *r, enum copy copy, uint64_t at,
-                      uint64_t most)
+static void add_run(struct runs *runs, uint64_t first, uint64_t pages)
 {
-    while (runs->count < most && !runs->done) {
-        uint64_t first, pages;
-
-        runs->done = !ledger_next(r, copy, at, r->pages, r->pages, &first, &pages);
-        if (!runs->done) {
-            runs->run[runs->count].first = first;
-            runs->run[runs->count++].pages = pages;
-            at = first + pages;
-        }
+    if (runs->count && first == runs->end) {
+        runs->run[runs->count - 1].pages += pages;
+    } else {
+        runs->run[runs->count].first = first;
+        runs->run[runs->count++].pages = pages;
     }
-    runs->end = at;
+    runs->end = first + pages;
+}
+
+/* With the lock held, which it drops now and then: the region is looked up each time. False if
+ * there is no such region. */
+static bool take_runs(struct runs *runs, uint32_t region, enum copy copy, uint64_t most)
+{
+    while (!runs->done && runs->count < most) {
+        const struct region *r = region_by_id(region);
+
+        if (!r) {
+            return false;
+        }
+        for (int i = 0; i < RUNS_AT_ONCE && !runs->done && runs->count < most; i++) {
+            uint64_t first, pages;
+
+            runs->done = !ledger_next(r, copy, runs->end, r->pages, r->pages,
+                                      &first, &pages);
+            if (!runs->done) {
+                add_run(runs, first, pages);
+            }
+        }
+        upm_breathe();
+    }
+    return true;
 }
 
 static void cmd_stale(struct qdict *dict, struct qobject **result, struct qerror **error)
@@ -226,8 +253,8 @@ static void cmd_stale(struct qdict *dict, struct qobject **result, struct qerror
     struct runs runs = { 0 };
     struct text t = { 0 };
     int64_t id, cursor, most;
-    const struct region *r;
     unsigned copy;
+    bool found;
 
     if (!args) {
         return;
@@ -243,14 +270,14 @@ static void cmd_stale(struct qdict *dict, struct qobject **result, struct qerror
         qemu_fail(error, "no memory for the reply");
         goto out;
     }
-    pthread_mutex_lock(&upm.lock);
-    r = region_by_id(id);
-    if (r) {
-        take_runs(&runs, r, copy, (uint64_t)cursor >> PAGE_SHIFT, most);
+    runs.end = (uint64_t)cursor >> PAGE_SHIFT;
+    upm_lock();
+    found = take_runs(&runs, id, copy, most);
+    if (found) {
         count_command();
     }
-    pthread_mutex_unlock(&upm.lock);
-    if (!r) {
+    upm_unlock();
+    if (!found) {
         qemu_fail(error, "Region %lld not found", (long long)id);
         goto out;
     }
@@ -294,8 +321,9 @@ static bool read_range(const struct json *v, struct request *q, struct qerror **
     return true;
 }
 
-/* With the lock held. What is wrong with the request now, or NULL. */
-static const char *queue_request(struct request *q)
+/* With the lock held, which it drops now and then. What is wrong with the ranges, or NULL. A region
+ * that goes later is no error: there is nothing stale in it. */
+static const char *check_ranges(const struct request *q)
 {
     for (size_t i = 0; i < q->count; i++) {
         const struct region *r = region_by_id(q->range[i].region);
@@ -306,9 +334,25 @@ static const char *queue_request(struct request *q)
         if (q->range[i].first >= r->pages || q->range[i].pages > r->pages - q->range[i].first) {
             return "Parameter 'ranges' has a range beyond the end of its region";
         }
+        if (i % RANGES_AT_ONCE == RANGES_AT_ONCE - 1) {
+            upm_breathe();
+        }
+    }
+    return NULL;
+}
+
+/* With the lock held. What is wrong with the request now, or NULL. */
+static const char *queue_request(struct request *q)
+{
+    const char *wrong = check_ranges(q);
+
+    if (wrong) {
+        return wrong;
     }
     if (upm.nrequests == REQUESTS_MAX) {
-        return "busy: too many discards are outstanding; wait for X_UPM_DISCARDED";
+        return upm.launching
+               ? "busy: the VM is being launched, and discards wait until it runs"
+               : "busy: too many discards are outstanding; wait for X_UPM_DISCARDED";
     }
     upm.requests[(upm.first_request + upm.nrequests++) % REQUESTS_MAX] = q;
     count_command();
@@ -370,10 +414,10 @@ static void cmd_discard(struct qdict *dict, struct qobject **result, struct qerr
     }
     q->at_page = q->count ? q->range[0].first : 0;
 
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     wrong = queue_request(q);
     queued = upm.nrequests;
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
     if (wrong) {
         qemu_fail(error, "%s", wrong);
         goto out;

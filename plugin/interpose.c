@@ -20,25 +20,16 @@
 
 struct libc libc;
 
-static void *behind(const char *name)
-{
-    void *found = dlsym(RTLD_NEXT, name);
-
-    if (!found) {
-        abort(); /* no C library */
-    }
-    return found;
-}
-
-/* Other libraries' constructors may come before ours. */
+/* Other libraries' constructors may come before ours. A C library may lack one of the names: then
+ * nobody calls it. */
 static void find_libc(void)
 {
     if (!libc.close) {
-        libc.ioctl = behind("ioctl");
-        libc.fallocate = behind("fallocate64");
-        libc.madvise = behind("madvise");
-        libc.munmap = behind("munmap");
-        libc.close = behind("close");
+        libc.ioctl = dlsym(RTLD_NEXT, "ioctl");
+        libc.fallocate = dlsym(RTLD_NEXT, "fallocate64");
+        libc.madvise = dlsym(RTLD_NEXT, "madvise");
+        libc.munmap = dlsym(RTLD_NEXT, "munmap");
+        libc.close = dlsym(RTLD_NEXT, "close");
     }
 }
 
@@ -80,9 +71,14 @@ __attribute__((constructor)) static void load(void)
 
 __attribute__((destructor)) static void unload(void)
 {
-    if (upm.active && getpid() == upm.pid) {
+    if (__atomic_load_n(&upm.active, __ATOMIC_ACQUIRE) && getpid() == upm.pid) {
         worker_stop();
     }
+}
+
+static bool is_active(void)
+{
+    return __atomic_load_n(&upm.active, __ATOMIC_ACQUIRE);
 }
 
 /* QEMU opens KVM: after it has become a daemon, before it has a vCPU. */
@@ -104,7 +100,7 @@ static void activate(void)
         return;
     }
     upm.pid = getpid();
-    upm.active = true;
+    __atomic_store_n(&upm.active, true, __ATOMIC_RELEASE);
     commands_register();
 }
 
@@ -121,27 +117,52 @@ static int create_guest_memfd(int fd, unsigned long request, void *argument)
     return result;
 }
 
+/* What the RAM is made of, once, when its first slot is registered. */
+static void learn_backing(struct region *r, const struct upm_kvm_region2 *set)
+{
+    struct backing_facts f = backing_look(set->guest_memfd, set->userspace_addr,
+                                          set->guest_memfd_offset);
+
+    upm_lock();
+    if (region_by_private_fd(set->guest_memfd) == r) {
+        region_is_mapped(r, (char *)(set->userspace_addr - set->guest_memfd_offset), &f);
+    }
+    upm_unlock();
+}
+
 static int set_region(int fd, unsigned long request, void *argument)
 {
     const struct upm_kvm_region2 *set = argument;
     int result = libc.ioctl(fd, request, argument), error = errno;
     struct region *r = NULL;
-    bool unknown;
+    bool unknown = false, stored;
 
     if (result) {
         return result;
     }
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     if (set->flags & UPM_KVM_MEM_GUEST_MEMFD && set->memory_size) {
         r = region_by_private_fd(set->guest_memfd);
     }
-    slot_set(set->slot, set->guest_phys_addr, set->memory_size, r, set->guest_memfd_offset);
-    unknown = r && r->backing == BACKING_UNKNOWN;
-    pthread_mutex_unlock(&upm.lock);
-    if (unknown) {
-        backing_learn(r, set->userspace_addr, set->guest_memfd_offset);
+    if (r) {
+        r = region_adopt(r, (char *)(set->userspace_addr - set->guest_memfd_offset));
+        unknown = !r->host;
     }
-    conversion_slot_registered(set->guest_phys_addr, set->memory_size);
+    stored = slot_set(set->slot, set->guest_phys_addr, set->memory_size, r,
+                      set->guest_memfd_offset);
+    if (!stored) {
+        region_lose(r);
+    }
+    upm_unlock();
+    if (unknown) {
+        learn_backing(r, set);
+    }
+    if (r) {
+        conversion_slot_registered(set->guest_phys_addr, set->memory_size);
+    }
+    if (!stored) {
+        say("no memory to follow a memory slot: the discards of its RAM stay QEMU's own");
+    }
     errno = error;
     return result;
 }
@@ -152,11 +173,12 @@ static int create_vm(int fd, unsigned long request, void *argument)
 
     if (result >= 0) {
         /* A second one replaces the first: QEMU rebuilds a VM on reset. */
-        pthread_mutex_lock(&upm.lock);
-        upm.vm_fd = result;
+        upm_lock();
+        __atomic_store_n(&upm.vm_fd, result, __ATOMIC_RELAXED);
         upm.vm_kind = (int)(uintptr_t)argument;
         slots_clear();
-        pthread_mutex_unlock(&upm.lock);
+        launch_begin();
+        upm_unlock();
     }
     errno = error;
     return result;
@@ -166,42 +188,55 @@ static int create_vm(int fd, unsigned long request, void *argument)
  * guest_memfd itself, KVM converts in place. */
 static int set_attributes(int fd, unsigned long request, void *argument)
 {
-    if (fd == upm.vm_fd) {
+    if (fd == __atomic_load_n(&upm.vm_fd, __ATOMIC_RELAXED)) {
         return convert(fd, request, argument);
     }
     region_in_place(fd);
     return libc.ioctl(fd, request, argument);
 }
 
+static bool is_set_attributes(unsigned number)
+{
+    return _IOC_NR(number) == _IOC_NR(UPM_KVM_SET_ATTRIBUTES)
+           && _IOC_SIZE(number) >= sizeof(struct upm_kvm_attributes);
+}
+
+/* The kernel looks at 32 bits of the request. QEMU 9.1 passes an int: with bit 31 set, it arrives
+ * here with all the bits above set too. */
 static int kvm_ioctl(int fd, unsigned long request, void *argument)
 {
-    switch (request) {
-    case UPM_KVM_GET_API_VERSION:
+    unsigned number = request;
+
+    if (number == UPM_KVM_GET_API_VERSION) {
         activate();
-        break;
-    case UPM_KVM_CREATE_VM:
-        if (upm.active) {
-            return create_vm(fd, request, argument);
-        }
-        break;
-    case UPM_KVM_CREATE_GUEST_MEMFD:
-        if (upm.active) {
-            return create_guest_memfd(fd, request, argument);
-        }
-        break;
-    case UPM_KVM_SET_REGION2:
-        if (upm.active) {
-            return set_region(fd, request, argument);
-        }
-        break;
-    default:
-        if (upm.active && _IOC_NR(request) == _IOC_NR(UPM_KVM_SET_ATTRIBUTES)
-            && _IOC_SIZE(request) >= sizeof(struct upm_kvm_attributes)) {
-            return set_attributes(fd, request, argument);
-        }
-        break;
     }
-    return libc.ioctl(fd, request, argument);
+    if (!is_active()) {
+        return libc.ioctl(fd, request, argument);
+    }
+    if (is_set_attributes(number)) {
+        return set_attributes(fd, request, argument);
+    }
+    if (conversion_unfinished()) {
+        conversion_over();
+    }
+    switch (number) {
+    case UPM_KVM_CREATE_VM:
+        return create_vm(fd, request, argument);
+    case UPM_KVM_CREATE_GUEST_MEMFD:
+        return create_guest_memfd(fd, request, argument);
+    case UPM_KVM_SET_REGION2:
+        return set_region(fd, request, argument);
+    default:
+        return libc.ioctl(fd, request, argument);
+    }
+}
+
+static void before_run(void)
+{
+    conversion_over();
+    if (__atomic_load_n(&upm.launching, __ATOMIC_RELAXED)) {
+        launch_end();
+    }
 }
 
 EXPORT int ioctl(int fd, unsigned long request, ...)
@@ -219,8 +254,9 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
         return libc.ioctl(fd, request, argument);
     }
     if (__builtin_expect(request == UPM_KVM_RUN, 1)) {
-        if (__builtin_expect(conversion_unfinished(), 0)) {
-            conversion_over();
+        if (__builtin_expect(conversion_unfinished()
+                             || __atomic_load_n(&upm.launching, __ATOMIC_RELAXED), 0)) {
+            before_run();
         }
         return libc.ioctl(fd, request, argument);
     }
@@ -235,7 +271,7 @@ EXPORT int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
         find_libc();
     }
     if (mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE) && conversion_unfinished()
-        && conversion_discard_fd(fd, offset, bytes, &result)) {
+        && discard_in_file(fd, offset, bytes, &result)) {
         return result;
     }
     return libc.fallocate(fd, mode, offset, bytes);
@@ -248,7 +284,7 @@ EXPORT int madvise(void *start, size_t bytes, int advice)
     if (__builtin_expect(!libc.madvise, 0)) {
         find_libc();
     }
-    if (conversion_unfinished() && conversion_discard_mapping(start, bytes, advice, &result)) {
+    if (conversion_unfinished() && discard_in_mapping(start, bytes, advice, &result)) {
         return result;
     }
     return libc.madvise(start, bytes, advice);
@@ -260,7 +296,7 @@ EXPORT int close(int fd)
     if (__builtin_expect(!libc.close, 0)) {
         find_libc();
     }
-    if (upm.active && upm.nregions && getpid() == upm.pid) {
+    if (is_active() && region_has_file(fd) && getpid() == upm.pid) {
         region_close(fd);
     }
     return libc.close(fd);
@@ -271,7 +307,7 @@ EXPORT int munmap(void *start, size_t bytes)
     if (__builtin_expect(!libc.munmap, 0)) {
         find_libc();
     }
-    if (upm.active && upm.nregions && getpid() == upm.pid) {
+    if (is_active() && region_is_in(start, bytes) && getpid() == upm.pid) {
         region_unmap(start, bytes);
     }
     return libc.munmap(start, bytes);

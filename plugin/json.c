@@ -42,7 +42,7 @@ static bool read_string(struct reader *r, const char **text, size_t *length)
         r->p += *r->p == '\\' && r->p[1] ? 2 : 1;
     }
     *length = r->p - *text;
-    return *r->p++ == '"';
+    return take(r, '"');
 }
 
 static bool read_number(struct reader *r, struct json *v)

@@ -1,61 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/*
- * The ledger: which pages have a stale copy. A bit for each page, and a count for each group of
- * pages, so that looking for the few stale ones of a large guest touches little.
- */
+/* The ledger: which pages have a stale copy, and how many there are in all. */
 #include "upm.h"
 
-static uint64_t mask_of(uint64_t page, uint64_t end)
+/* Enters the pages of `mask` in the word that has `page`. Each function returns the number of pages
+ * that changed. */
+uint64_t ledger_add(struct region *r, enum copy copy, uint64_t page, uint64_t mask)
 {
-    uint64_t low = page % WORD_BITS;
-    uint64_t word_end = page - low + WORD_BITS;
-    uint64_t mask = ~0ull << low;
+    uint64_t n = bitmap_word_fill(&r->stale[copy], page, mask, true);
 
-    if (end < word_end) {
-        mask &= ~0ull >> (word_end - end);
-    }
-    return mask;
-}
-
-enum change { COUNT_MISSING, ADD, REMOVE };
-
-static uint64_t ledger_change(struct region *r, enum copy copy, uint64_t first, uint64_t pages,
-                              enum change change)
-{
-    uint64_t end = first + pages, total = 0;
-
-    for (uint64_t page = first; page < end; page += WORD_BITS - page % WORD_BITS) {
-        uint64_t mask = mask_of(page, end);
-        uint64_t *word = &r->stale[copy][page / WORD_BITS];
-        uint64_t hit = change == REMOVE ? *word & mask : ~*word & mask;
-        unsigned n;
-
-        if (!hit) {
-            continue;
-        }
-        n = __builtin_popcountll(hit);
-        total += n;
-        if (change == ADD) {
-            *word |= hit;
-            r->group[copy][page / GROUP_PAGES] += n;
-        } else if (change == REMOVE) {
-            *word &= ~hit;
-            r->group[copy][page / GROUP_PAGES] -= n;
-        }
-    }
-    return total;
-}
-
-/* Each returns the number of pages that changed, or would. */
-uint64_t ledger_add(struct region *r, enum copy copy, uint64_t first, uint64_t pages)
-{
-    uint64_t n = ledger_change(r, copy, first, pages, ADD);
-
-    r->stale_pages[copy] += n;
     upm.stale_pages += n;
+    upm.stale_of[copy] += n;
     if (upm.stale_pages > upm.peak_pages) {
         upm.peak_pages = upm.stale_pages;
     }
+    upm.count.deferred[copy] += in_bytes(n);
     return n;
 }
 
@@ -63,63 +21,32 @@ uint64_t ledger_remove(struct region *r, enum copy copy, uint64_t first, uint64_
 {
     uint64_t n;
 
-    if (!r->stale_pages[copy]) {
+    if (!r->stale[copy].total) {
         return 0;
     }
-    n = ledger_change(r, copy, first, pages, REMOVE);
-    r->stale_pages[copy] -= n;
+    n = bitmap_fill(&r->stale[copy], first, pages, false);
     upm.stale_pages -= n;
+    upm.stale_of[copy] -= n;
     return n;
 }
 
-uint64_t ledger_missing(const struct region *r, enum copy copy, uint64_t first, uint64_t pages)
+/* The memory of one side goes, and its copies with it. */
+void ledger_forget(struct region *r, enum copy copy)
 {
-    return ledger_change((struct region *)r, copy, first, pages, COUNT_MISSING);
-}
+    for (uint64_t at = 0; at < r->pages && r->stale[copy].total; at += UPM_STRIDE_PAGES) {
+        uint64_t pages = r->pages - at < UPM_STRIDE_PAGES ? r->pages - at : UPM_STRIDE_PAGES;
+        uint64_t n = ledger_remove(r, copy, at, pages);
 
-static bool is_stale(const struct region *r, enum copy copy, uint64_t page)
-{
-    return r->stale[copy][page / WORD_BITS] >> (page % WORD_BITS) & 1;
+        upm.count.forgotten[copy] += in_bytes(n);
+        if (n) {
+            upm_breathe();
+        }
+    }
 }
 
 /* The first run of at most `most` stale pages in [from, end). */
 bool ledger_next(const struct region *r, enum copy copy, uint64_t from, uint64_t end,
                  uint64_t most, uint64_t *first, uint64_t *pages)
 {
-    uint64_t page = from;
-
-    if (end > r->pages) {
-        end = r->pages;
-    }
-    while (page < end) {
-        if (!r->group[copy][page / GROUP_PAGES]) {
-            page += GROUP_PAGES - page % GROUP_PAGES;
-        } else if (!(r->stale[copy][page / WORD_BITS] & mask_of(page, end))) {
-            page += WORD_BITS - page % WORD_BITS;
-        } else {
-            page += __builtin_ctzll(r->stale[copy][page / WORD_BITS] & mask_of(page, end))
-                    - page % WORD_BITS;
-            break;
-        }
-    }
-    if (page >= end) {
-        return false;
-    }
-    *first = page;
-    while (page < end && page - *first < most && is_stale(r, copy, page)) {
-        page++;
-    }
-    *pages = page - *first;
-    return true;
-}
-
-/* Stale pages of all regions. */
-uint64_t ledger_total(enum copy copy)
-{
-    uint64_t pages = 0;
-
-    for (unsigned i = 0; i < upm.nregions; i++) {
-        pages += upm.regions[i]->stale_pages[copy];
-    }
-    return pages;
+    return r->stale[copy].total && bitmap_next(&r->stale[copy], from, end, most, first, pages);
 }

@@ -1,50 +1,104 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Operations under way: conversions in KVM's hands and discards being made or awaited. While one
- * is in upm.ops, nobody else does the opposite in its range.
+ * The lock, and the operations under way: conversions in KVM's hands, discards that are being made,
+ * and discards that QEMU may yet ask for. While one of the first two is in upm.ops, nobody does the
+ * opposite in its range.
+ *
+ * upm.lock comes after every lock of QEMU's and KVM's and before none: its holder takes no other and
+ * calls nobody. Waiting for an operation is waiting for a system call, which waits for nobody here.
  */
 #include "upm.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
+
+#define GIVE_WAY_NS 50000ull
+
+void upm_lock(void)
+{
+    if (pthread_mutex_trylock(&upm.lock)) {
+        __atomic_fetch_add(&upm.contenders, 1, __ATOMIC_RELAXED);
+        pthread_mutex_lock(&upm.lock);
+        __atomic_fetch_sub(&upm.contenders, 1, __ATOMIC_RELAXED);
+    }
+}
+
+void upm_unlock(void)
+{
+    pthread_mutex_unlock(&upm.lock);
+}
+
+/* Lets others in who want the lock. A mutex is unfair: whoever unlocks and locks at once wins
+ * against a thread that has to be woken first. */
+void upm_breathe(void)
+{
+    upm_unlock();
+    if (__atomic_load_n(&upm.contenders, __ATOMIC_RELAXED)) {
+        uint64_t end = now_ns() + GIVE_WAY_NS;
+
+        do {
+            sched_yield();
+        } while (__atomic_load_n(&upm.contenders, __ATOMIC_RELAXED) && now_ns() < end);
+    }
+    upm_lock();
+}
+
+/* Until some operation has ended; the caller looks again from the start. */
+void ops_wait(void)
+{
+    unsigned round = upm.round;
+
+    upm.waiters++;
+    pthread_cond_wait(&upm.settled, &upm.lock);
+    if (upm.round == round) {
+        upm.waiters--;
+    } else {
+        __atomic_fetch_sub(&upm.contenders, 1, __ATOMIC_RELAXED);
+    }
+}
+
+/* Those who wait want the lock from now on. */
+static void wake_waiters(void)
+{
+    if (upm.waiters) {
+        __atomic_fetch_add(&upm.contenders, upm.waiters, __ATOMIC_RELAXED);
+        upm.waiters = 0;
+        upm.round++;
+        pthread_cond_broadcast(&upm.settled);
+    }
+}
 
 void op_begin(struct op *op)
 {
     op->next = upm.ops;
+    op->link = &upm.ops;
+    if (op->next) {
+        op->next->link = &op->next;
+    }
     upm.ops = op;
 }
 
 void op_end(struct op *op)
 {
-    for (struct op **at = &upm.ops; *at; at = &(*at)->next) {
-        if (*at == op) {
-            *at = op->next;
-            break;
-        }
+    *op->link = op->next;
+    if (op->next) {
+        op->next->link = op->link;
     }
-    __atomic_store_n(&op->state, OP_IDLE, __ATOMIC_RELEASE); /* its thread looks without the lock */
-    if (upm.waiters) {
-        pthread_cond_broadcast(&upm.settled);
-    }
+    __atomic_store_n(&op->state, OP_IDLE, __ATOMIC_RELEASE);
+    wake_waiters();
 }
 
-/* Leaves to the ledger what a discarding operation has not begun to punch: the range is being
- * converted back, its discard failed, or QEMU never asked for it. */
-void op_hand_over(struct op *op)
+/* KVM has converted: from now on QEMU may ask for the discard of the copy that the guest left. */
+void op_expect(struct op *op)
 {
-    struct region *r = op->region;
-    uint64_t first = op->first + op->punching, pages = op->pages - op->punching;
-    uint64_t added = ledger_add(r, op->copy, first, pages);
+    op->state = OP_EXPECT;
+    wake_waiters();
+}
 
-    upm.count.deferred[op->copy] += added << PAGE_SHIFT;
-    if (added) {
-        ring_append(r, first, pages, op->copy == SHARED, true, 0, now_ns());
-        worker_kick();
-    }
-    op->pages = op->punching;
-    if (!op->pages) {
-        op_end(op);
-    }
+bool op_overlaps(const struct op *op, const struct region *r, uint64_t first, uint64_t pages)
+{
+    return op->region == r && op->first < first + pages && first < op->first + op->pages;
 }
 
 /* Cuts [first, first + pages) down to what no conversion is making live again. Returns whether
@@ -52,14 +106,11 @@ void op_hand_over(struct op *op)
 bool op_shields(const struct region *r, enum copy copy, uint64_t *first, uint64_t *pages)
 {
     for (const struct op *op = upm.ops; op; op = op->next) {
-        uint64_t end = op->first + op->pages;
-
-        if (op->state != OP_CONVERT || op->region != r || op->copy != copy
-            || op->first >= *first + *pages || end <= *first) {
+        if (op->state != OP_CONVERT || op->copy != copy || !op_overlaps(op, r, *first, *pages)) {
             continue;
         }
         if (op->first <= *first) {
-            *first = end;
+            *first = op->first + op->pages;
             return false;
         }
         *pages = op->first - *first;
@@ -67,68 +118,66 @@ bool op_shields(const struct region *r, enum copy copy, uint64_t *first, uint64_
     return true;
 }
 
-/* Until some operation has ended; the caller looks again from the start. */
-void ops_wait(void)
+/* Where one copy of a run is, as the lock's holder found it. */
+struct place {
+    int fd;
+    uint64_t offset, bytes;
+    char *start;
+    int advice;
+};
+
+static struct place place_of(const struct region *r, enum copy copy, uint64_t first,
+                             uint64_t pages)
 {
-    upm.waiters++;
-    pthread_cond_wait(&upm.settled, &upm.lock);
-    upm.waiters--;
+    return (struct place) {
+        .fd = copy == PRIVATE ? r->private_fd : r->shared_fd,
+        .offset = in_bytes(first) + (copy == PRIVATE ? 0 : r->file.offset),
+        .bytes = in_bytes(pages),
+        .start = r->host + in_bytes(first),
+        .advice = r->advice,
+    };
 }
 
-/* Gives the memory of one copy back. Without the lock, with an operation on the range. */
-int punch(const struct region *r, enum copy copy, uint64_t first, uint64_t pages)
+/* Returns an errno. */
+static int give_back(const struct place *p)
 {
-    uint64_t offset = first << PAGE_SHIFT, bytes = pages << PAGE_SHIFT;
-    int fd = copy == PRIVATE ? r->private_fd : r->shared_fd;
     int result;
 
-    if (copy == SHARED) {
-        offset += r->shared_offset;
-    }
     do {
-        if (fd >= 0) {
-            result = libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
+        if (p->fd >= 0) {
+            result = libc.fallocate(p->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, p->offset,
+                                    p->bytes);
         } else {
-            result = libc.madvise(r->host + (first << PAGE_SHIFT), bytes, r->advice);
+            result = libc.madvise(p->start, p->bytes, p->advice);
         }
     } while (result && errno == EINTR);
-    return result;
+    return result ? errno : 0;
 }
 
-/* QEMU's own discard, a chunk at a time, of what has not been converted back. The guest's
- * conversion is done: it isn't told of a failure; the copy goes to the ledger to be tried again. */
-void op_discard(struct op *op, uint64_t pages)
+/* Discards a run of pages that no conversion is making live; returns an errno. Drops the lock
+ * meanwhile: the operation keeps the region, its files and its mapping until the call is made. */
+int op_punch(struct region *r, enum copy copy, uint64_t first, uint64_t pages)
 {
-    pthread_mutex_lock(&upm.lock);
-    while (pages && op->state == OP_DISCARD) {
-        uint64_t n = pages < CHUNK_PAGES ? pages : CHUNK_PAGES, start_ns;
-        int result;
+    struct op op = {
+        .region = r, .state = OP_PUNCH, .copy = copy, .first = first, .pages = pages,
+    };
+    struct place place = place_of(r, copy, first, pages);
+    uint64_t start_ns;
+    int error;
 
-        if (n > op->pages) {
-            n = op->pages;
-        }
-        op->punching = n;
-        pthread_mutex_unlock(&upm.lock);
-        start_ns = now_ns();
-        result = punch(op->region, op->copy, op->first, n);
-        pthread_mutex_lock(&upm.lock);
-        op->punching = 0;
-        if (result) {
-            upm.count.failed_discards++;
-            op_hand_over(op);
-            break;
-        }
-        histogram_add(upm.discard_ns, now_ns() - start_ns);
-        upm.count.inline_[op->copy] += n << PAGE_SHIFT;
+    op_begin(&op);
+    upm_unlock();
+    start_ns = now_ns();
+    error = give_back(&place);
+    upm_lock();
+    if (error) {
+        upm.count.failed_discards++;
+        r->failures++;
+    } else {
         upm.count.discards++;
-        op->first += n;
-        op->pages -= n;
-        pages -= n;
-        if (!op->pages) {
-            op_end(op);
-        } else if (upm.waiters) {
-            pthread_cond_broadcast(&upm.settled);
-        }
+        r->failures = 0;
+        histogram_add(upm.discard_ns, now_ns() - start_ns);
     }
-    pthread_mutex_unlock(&upm.lock);
+    op_end(&op);
+    return error;
 }

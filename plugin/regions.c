@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Regions and the slots that show them to the guest.
+ * Regions: backings of guest RAM, tracked by file and mapping and never by guest address. QEMU takes
+ * memory slots away for a moment and puts them back (PAM registers, dirty logging), and the copies
+ * stay meanwhile.
  *
- * Tracked by backing and offset, never by guest address: QEMU takes memory slots away for a
- * moment and puts them back (PAM registers, dirty logging), and the copies stay meanwhile.
+ * A region has two sides. Its private one goes when QEMU closes the guest_memfd, its shared one when
+ * QEMU unmaps the RAM. At a reset QEMU 11 closes the guest_memfd and makes another for the same RAM:
+ * the region waits for that, with what is stale of the shared side.
  */
 #include "upm.h"
 
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 struct upm upm = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -19,76 +20,105 @@ struct upm upm = {
     .next_region_id = 1,
 };
 
-/* Reserved, not resident: what is never touched costs nothing. */
-static void *reserve(uint64_t bytes)
+static void set_private_fd(struct region *r, int fd)
 {
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
+    __atomic_store_n(&r->private_fd, fd, __ATOMIC_RELAXED);
 }
 
-static uint64_t bitmap_bytes(uint64_t pages)
+static void set_shared_fd(struct region *r, int fd)
 {
-    return (pages + WORD_BITS - 1) / WORD_BITS * sizeof(uint64_t);
+    __atomic_store_n(&r->shared_fd, fd, __ATOMIC_RELAXED);
 }
 
-static uint64_t group_bytes(uint64_t pages)
+static void set_host(struct region *r, char *host)
 {
-    return (pages + GROUP_PAGES - 1) / GROUP_PAGES * sizeof(uint16_t);
+    __atomic_store_n(&r->host, host, __ATOMIC_RELAXED);
 }
 
+static void set_pages(struct region *r, uint64_t pages)
+{
+    __atomic_store_n(&r->pages, pages, __ATOMIC_RELAXED);
+}
+
+/* The region has no operations, and nobody finds it any more. Drops the lock, since unmapping takes
+ * long. */
 static void region_free(struct region *r)
 {
-    for (int c = 0; c < COPIES; c++) {
-        if (r->stale[c]) {
-            munmap(r->stale[c], bitmap_bytes(r->pages));
-        }
-        if (r->group[c]) {
-            munmap(r->group[c], group_bytes(r->pages));
-        }
+    struct bitmap gone[] = { r->shared, r->stale[PRIVATE], r->stale[SHARED] };
+
+    set_pages(r, 0);
+    set_private_fd(r, -1);
+    set_shared_fd(r, -1);
+    set_host(r, NULL);
+    r->shared = r->stale[PRIVATE] = r->stale[SHARED] = (struct bitmap) { 0 };
+    upm_unlock();
+    for (int i = 0; i < 3; i++) {
+        bitmap_destroy(&gone[i]);
     }
-    free(r);
+    upm_lock();
 }
 
-/* NULL where memory or room is short; QEMU then discards in that region as it always did. */
-struct region *region_new(int private_fd, uint64_t bytes)
+static struct region *unused(void)
 {
-    struct region *r = calloc(1, sizeof(*r));
-
-    if (!r) {
-        return NULL;
-    }
-    r->private_fd = private_fd;
-    r->shared_fd = -1;
-    r->shared_page_bytes = PAGE_BYTES;
-    r->pages = (bytes + PAGE_BYTES - 1) >> PAGE_SHIFT;
-    for (int c = 0; c < COPIES; c++) {
-        r->stale[c] = reserve(bitmap_bytes(r->pages));
-        r->group[c] = reserve(group_bytes(r->pages));
-        if (!r->stale[c] || !r->group[c]) {
-            region_free(r);
-            return NULL;
+    for (unsigned i = 0; i < upm.nregions; i++) {
+        if (!upm.region[i].pages) {
+            return &upm.region[i];
         }
     }
+    return upm.nregions < REGIONS_MAX ? &upm.region[upm.nregions] : NULL;
+}
 
-    pthread_mutex_lock(&upm.lock);
-    if (upm.nregions < REGIONS_MAX && upm.next_region_id <= UINT16_MAX) {
-        r->id = upm.next_region_id++;
-        upm.regions[upm.nregions] = r;
+static void region_begin(struct region *r, int private_fd, uint64_t pages)
+{
+    r->id = upm.next_region_id++;
+    r->backing = BACKING_UNKNOWN;
+    r->lost = false;
+    r->failures = 0;
+    r->name[0] = '\0';
+    r->file = (struct file_place) { 0 };
+    r->shared_page_bytes = PAGE_BYTES;
+    set_host(r, NULL);
+    set_shared_fd(r, -1);
+    set_private_fd(r, private_fd);
+    set_pages(r, pages);
+    if (r == &upm.region[upm.nregions]) {
         __atomic_store_n(&upm.nregions, upm.nregions + 1, __ATOMIC_RELEASE);
-    } else {
-        region_free(r);
-        r = NULL;
     }
-    pthread_mutex_unlock(&upm.lock);
+}
+
+/* NULL where memory or room is short; QEMU then discards in that region as it does without us. */
+struct region *region_new(int private_fd, uint64_t bytes)
+{
+    uint64_t pages = (bytes + PAGE_BYTES - 1) >> PAGE_SHIFT;
+    struct bitmap made[3] = { 0 };
+    struct region *r = NULL;
+    bool enough = pages;
+
+    for (int i = 0; i < 3 && enough; i++) {
+        enough = bitmap_init(&made[i], pages);
+    }
+    if (enough) {
+        upm_lock();
+        r = unused();
+        if (r) {
+            r->shared = made[0];
+            r->stale[PRIVATE] = made[1];
+            r->stale[SHARED] = made[2];
+            region_begin(r, private_fd, pages);
+        }
+        upm_unlock();
+    }
+    for (int i = 0; i < 3 && !r; i++) {
+        bitmap_destroy(&made[i]);
+    }
     return r;
 }
 
 struct region *region_by_private_fd(int fd)
 {
     for (unsigned i = 0; i < upm.nregions; i++) {
-        if (upm.regions[i]->private_fd == fd) {
-            return upm.regions[i];
+        if (fd >= 0 && upm.region[i].pages && upm.region[i].private_fd == fd) {
+            return &upm.region[i];
         }
     }
     return NULL;
@@ -97,66 +127,57 @@ struct region *region_by_private_fd(int fd)
 struct region *region_by_id(uint32_t id)
 {
     for (unsigned i = 0; i < upm.nregions; i++) {
-        if (upm.regions[i]->id == id) {
-            return upm.regions[i];
+        if (upm.region[i].pages && upm.region[i].id == id) {
+            return &upm.region[i];
         }
     }
     return NULL;
 }
 
-/* Waits until nothing of ours touches the region's copies with a system call. */
+/* Waits until no system call of ours is in the region. Drops the lock meanwhile. */
 static void region_quiesce(const struct region *r)
 {
-    for (;;) {
-        struct op *op = upm.ops;
+    struct op *op = upm.ops;
 
-        while (op && !(op->region == r && (op->state == OP_CONVERT || op->punching))) {
+    while (op) {
+        if (op->region == r && (op->state == OP_CONVERT || op->state == OP_PUNCH)) {
+            ops_wait();
+            op = upm.ops;
+        } else {
             op = op->next;
         }
-        if (!op) {
-            return;
-        }
-        ops_wait();
     }
 }
 
-static void region_forget_stale(struct region *r, enum copy copy)
-{
-    upm.count.forgotten[copy] += ledger_remove(r, copy, 0, r->pages) << PAGE_SHIFT;
-}
-
-/* Takes the operations out that wait for a call of QEMU's, since its copy is going anyway. */
-static void region_drop_ops(const struct region *r, enum copy copy)
+/* QEMU's discards of this copy go their own way from now on. */
+static void region_expect_nothing(const struct region *r, enum copy copy)
 {
     struct op *next;
 
     for (struct op *op = upm.ops; op; op = next) {
         next = op->next;
-        if (op->region == r && op->state == OP_DISCARD && op->copy == copy) {
+        if (op->region == r && op->state == OP_EXPECT && op->copy == copy) {
+            convert_record((struct part *)op);
+            ((struct part *)op)->expected = false;
             op_end(op);
         }
     }
 }
 
-/* The shared copy's memory is about to be unmapped or its file closed. */
-static void region_lose_shared(struct region *r)
+/* Whether a copy can be discarded there: its side is not gone, nor given up. */
+bool region_has(const struct region *r, enum copy copy)
 {
-    region_quiesce(r);
-    region_drop_ops(r, SHARED);
-    region_forget_stale(r, SHARED);
-    if (r->backing != BACKING_IN_PLACE) {
-        r->backing = BACKING_UNKNOWN;
-    }
-    r->shared_fd = -1;
-    r->host = NULL;
+    return !r->lost && (copy == PRIVATE ? r->private_fd >= 0 : r->host != NULL);
 }
 
-static void region_empty(struct region *r)
+/* With the lock held; drops it. All of the region's discards are QEMU's own from now on. */
+void region_lose(struct region *r)
 {
+    r->lost = true;
     region_quiesce(r);
     for (int c = 0; c < COPIES; c++) {
-        region_drop_ops(r, c);
-        region_forget_stale(r, c);
+        region_expect_nothing(r, c);
+        ledger_forget(r, c);
     }
 }
 
@@ -165,40 +186,109 @@ void region_in_place(int private_fd)
 {
     struct region *r;
 
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     r = region_by_private_fd(private_fd);
-    if (r) {
+    if (r && r->backing != BACKING_IN_PLACE) {
         r->backing = BACKING_IN_PLACE;
-        region_empty(r);
+        region_lose(r);
+        r->lost = false;
     }
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
 }
 
-static void region_remove(unsigned index)
+/* The shared copy's memory is about to be unmapped. */
+static void region_lose_shared(struct region *r)
 {
-    struct region *r = upm.regions[index];
-    unsigned kept = 0;
+    region_quiesce(r);
+    region_expect_nothing(r, SHARED);
+    set_host(r, NULL);
+    set_shared_fd(r, -1);
+    if (r->backing != BACKING_IN_PLACE) {
+        r->backing = BACKING_UNKNOWN;
+    }
+    ledger_forget(r, SHARED);
+    if (r->pages && r->private_fd < 0) {
+        region_free(r);
+    }
+}
 
-    region_empty(r);
-    for (unsigned i = 0; i < upm.nslots; i++) {
-        if (upm.slots[i].region != r) {
-            upm.slots[kept++] = upm.slots[i];
+/* The guest_memfd is about to be closed. A VM whose RAM outlives it is being rebuilt. */
+static void region_lose_private(struct region *r)
+{
+    if (r->host) {
+        launch_begin();
+    }
+    region_quiesce(r);
+    region_expect_nothing(r, PRIVATE);
+    slots_forget(r);
+    set_private_fd(r, -1);
+    ledger_forget(r, PRIVATE);
+    if (r->pages && !r->host) {
+        region_free(r);
+    }
+}
+
+/* The region's first slot shows where its RAM is mapped, and `f` what that is made of. */
+void region_is_mapped(struct region *r, char *host, const struct backing_facts *f)
+{
+    if (r->backing != BACKING_IN_PLACE) {
+        r->backing = f->backing;
+    }
+    memcpy(r->name, f->name, sizeof(r->name));
+    r->file = f->file;
+    r->advice = f->advice;
+    r->shared_page_bytes = f->page_bytes;
+    set_host(r, host);
+}
+
+/* A guest_memfd has been made for RAM that `r` knows nothing of yet, and that has outlived another
+ * one: the region of that RAM takes it. Returns the region to use. */
+struct region *region_adopt(struct region *r, char *host)
+{
+    if (r->host) {
+        return r;
+    }
+    for (unsigned i = 0; i < upm.nregions; i++) {
+        struct region *old = &upm.region[i];
+
+        if (old->pages == r->pages && old->private_fd < 0 && old->host == host) {
+            set_private_fd(old, r->private_fd);
+            old->lost = false;
+            old->failures = 0;
+            region_free(r);
+            return old;
         }
     }
-    upm.nslots = kept;
-    /* Others may have come or gone while we waited. */
-    for (index = 0; upm.regions[index] != r; index++) {
-    }
-    upm.regions[index] = upm.regions[upm.nregions - 1];
-    __atomic_store_n(&upm.nregions, upm.nregions - 1, __ATOMIC_RELEASE);
-    region_free(r);
+    return r;
 }
 
-static bool ours(int fd)
+/* These two without the lock, as a hint that spares it: this process closes or unmaps what is its
+ * own, which nobody is registering now. */
+bool region_has_file(int fd)
 {
-    /* Racy on purpose: this process closes a file of its own that nobody is registering now. */
     for (unsigned i = 0; i < __atomic_load_n(&upm.nregions, __ATOMIC_ACQUIRE); i++) {
-        if (upm.regions[i]->private_fd == fd || upm.regions[i]->shared_fd == fd) {
+        const struct region *r = &upm.region[i];
+
+        if (fd >= 0 && (__atomic_load_n(&r->private_fd, __ATOMIC_RELAXED) == fd
+                        || __atomic_load_n(&r->shared_fd, __ATOMIC_RELAXED) == fd)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool is_mapped_in(const struct region *r, const char *start, size_t bytes)
+{
+    const char *host = __atomic_load_n(&r->host, __ATOMIC_RELAXED);
+
+    return host && start < host + in_bytes(__atomic_load_n(&r->pages, __ATOMIC_RELAXED))
+           && host < start + bytes;
+}
+
+bool region_is_in(const void *start, size_t bytes)
+{
+    for (unsigned i = 0; i < __atomic_load_n(&upm.nregions, __ATOMIC_ACQUIRE); i++) {
+        if (is_mapped_in(&upm.region[i], start, bytes)) {
             return true;
         }
     }
@@ -208,89 +298,29 @@ static bool ours(int fd)
 /* Called before the number can be given to another file. */
 void region_close(int fd)
 {
-    if (!ours(fd)) {
-        return;
-    }
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     for (unsigned i = 0; i < upm.nregions; i++) {
-        struct region *r = upm.regions[i];
+        struct region *r = &upm.region[i];
 
-        if (r->shared_fd == fd) {
-            region_lose_shared(r);
+        if (r->pages && r->shared_fd == fd) {
+            region_quiesce(r); /* the RAM stays mapped: its discards go through the mapping */
+            set_shared_fd(r, -1);
         }
-        if (r->private_fd == fd) {
-            region_remove(i);
-            break;
+        if (r->pages && r->private_fd == fd) {
+            region_lose_private(r);
         }
     }
-    pthread_mutex_unlock(&upm.lock);
-}
-
-static bool region_overlaps(const struct region *r, const char *start, size_t bytes)
-{
-    return r->host && start < r->host + (r->pages << PAGE_SHIFT) && r->host < start + bytes;
+    upm_unlock();
 }
 
 /* Called before the addresses can be given to another mapping. */
 void region_unmap(const void *start, size_t bytes)
 {
-    bool hit = false;
-
-    for (unsigned i = 0; i < __atomic_load_n(&upm.nregions, __ATOMIC_ACQUIRE); i++) {
-        hit |= region_overlaps(upm.regions[i], start, bytes);
-    }
-    if (!hit) {
-        return;
-    }
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     for (unsigned i = 0; i < upm.nregions; i++) {
-        if (region_overlaps(upm.regions[i], start, bytes)) {
-            region_lose_shared(upm.regions[i]);
+        if (is_mapped_in(&upm.region[i], start, bytes)) {
+            region_lose_shared(&upm.region[i]);
         }
     }
-    pthread_mutex_unlock(&upm.lock);
-}
-
-/* Only the first address space: guests with more of them have no private memory. */
-void slot_set(uint32_t slot, uint64_t gpa, uint64_t bytes, struct region *region, uint64_t offset)
-{
-    unsigned at = 0;
-
-    if (slot >> 16) {
-        return;
-    }
-    for (unsigned i = 0; i < upm.nslots; i++) {
-        if (upm.slots[i].id == slot) {
-            memmove(&upm.slots[i], &upm.slots[i + 1],
-                    (upm.nslots - i - 1) * sizeof(*upm.slots));
-            upm.nslots--;
-            break;
-        }
-    }
-    if (!bytes || !region) {
-        return;
-    }
-    if (upm.nslots == upm.slots_capacity) {
-        unsigned capacity = upm.slots_capacity ? 2 * upm.slots_capacity : 64;
-        struct slot *slots = realloc(upm.slots, capacity * sizeof(*slots));
-
-        if (!slots) {
-            return; /* conversions there stay unknown to us, and QEMU's own */
-        }
-        upm.slots = slots;
-        upm.slots_capacity = capacity;
-    }
-    while (at < upm.nslots && upm.slots[at].gpa < gpa) {
-        at++;
-    }
-    memmove(&upm.slots[at + 1], &upm.slots[at], (upm.nslots - at) * sizeof(*upm.slots));
-    upm.slots[at] = (struct slot) {
-        .id = slot, .region = region, .gpa = gpa, .bytes = bytes, .offset = offset,
-    };
-    upm.nslots++;
-}
-
-void slots_clear(void)
-{
-    upm.nslots = 0;
+    upm_unlock();
 }

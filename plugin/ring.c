@@ -38,6 +38,14 @@ static void ring_add(const struct region *r, uint64_t first, uint64_t pages, boo
     };
 }
 
+/* What has happened is too much for the record: whoever has not read up to here is to read the
+ * ledger, as after records that were overwritten. */
+void ring_lose(void)
+{
+    upm.gap = upm.head;
+    upm.dropped++;
+}
+
 /* A reader sees a run of neighbours as one record, with the time of the first. */
 void ring_append(const struct region *r, uint64_t first, uint64_t pages, bool to_private,
                  bool deferred, uint32_t count, uint64_t time_ns)

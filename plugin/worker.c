@@ -6,18 +6,15 @@
  */
 #include "upm.h"
 
-#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #define RETRY_FIRST_NS (100 * MSEC)
 #define RETRY_MOST_NS (10 * NSEC)
 #define BUDGET_EVENT_NS NSEC
-#define YIELD_US 20
 
 uint64_t now_ns(void)
 {
@@ -51,14 +48,43 @@ void lease_renew(void)
     }
 }
 
+/*
+ * A launch is from KVM_CREATE_VM, or the close of a guest_memfd whose RAM lives on, to the first
+ * KVM_RUN. QEMU then writes what the guest is to be measured with into the shared copies of pages
+ * that the guest before a reset may have left stale, and KVM reads it there: nothing is discarded.
+ */
+void launch_begin(void)
+{
+    struct op *op;
+
+    __atomic_store_n(&upm.launching, true, __ATOMIC_RELAXED);
+    do {
+        for (op = upm.ops; op && op->state != OP_PUNCH; op = op->next) {
+        }
+        if (op) {
+            ops_wait();
+        }
+    } while (op);
+}
+
+void launch_end(void)
+{
+    upm_lock();
+    if (upm.launching) {
+        __atomic_store_n(&upm.launching, false, __ATOMIC_RELAXED);
+        worker_kick();
+    }
+    upm_unlock();
+}
+
 /* Stale copies that should not be there whatever the daemon says. */
 static bool is_excess(enum copy copy)
 {
-    return ledger_total(copy)
+    return upm.stale_of[copy]
            && (upm.mode[copy] == MODE_EAGER || upm.stale_pages > upm.budget >> PAGE_SHIFT);
 }
 
-bool worker_has_excess(void)
+static bool has_excess(void)
 {
     return is_excess(PRIVATE) || is_excess(SHARED);
 }
@@ -66,167 +92,98 @@ bool worker_has_excess(void)
 /* Discards the next run of stale pages in [*at, end). Returns 1 if there was one, 0 if there is
  * none left, or a negative errno; the copy is then still in the ledger. Drops the lock meanwhile:
  * the region may be gone afterwards. */
-static int discard_next(struct region *r, enum copy copy, uint64_t *at, uint64_t end,
-                        uint64_t *counter, uint64_t *discarded)
+int discard_next(struct region *r, enum copy copy, uint64_t *at, uint64_t end, uint64_t *counter,
+                 uint64_t *discarded)
 {
-    uint64_t first, pages;
+    uint64_t first, pages, bytes;
 
-    while (ledger_next(r, copy, *at, end, CHUNK_PAGES, &first, &pages)) {
-        struct op op = { .region = r, .state = OP_DISCARD, .copy = copy };
-        uint64_t start_ns, bytes;
-        int error = 0;
+    while (region_has(r, copy)
+           && ledger_next(r, copy, *at, end, CHUNK_PAGES, &first, &pages)) {
+        int error;
 
         if (!op_shields(r, copy, &first, &pages)) {
             *at = first;
             continue;
         }
-        op.first = first;
-        op.pages = op.punching = pages;
-        op_begin(&op);
-        pthread_mutex_unlock(&upm.lock);
-        start_ns = now_ns();
-        if (punch(r, copy, first, pages)) {
-            error = errno;
-        }
-        pthread_mutex_lock(&upm.lock);
         *at = first + pages;
+        error = op_punch(r, copy, first, pages);
         if (error) {
-            upm.count.failed_discards++;
-        } else {
-            bytes = ledger_remove(r, copy, first, pages) << PAGE_SHIFT;
-            histogram_add(upm.discard_ns, now_ns() - start_ns);
-            upm.count.discards++;
-            *counter += bytes;
-            *discarded += bytes;
+            return -error;
         }
-        op_end(&op);
-        return error ? -error : 1;
+        bytes = in_bytes(ledger_remove(r, copy, first, pages));
+        *counter += bytes;
+        *discarded += bytes;
+        return 1;
     }
     return 0;
 }
 
-static void back_off(int error)
+/* Where the drain is: it goes round the regions and their copies. A run that can't be discarded is
+ * left behind until the next round. */
+static struct {
+    unsigned region;
+    enum copy copy;
+    uint64_t page;
+    bool progress;             /* in this round */
+    int error;                 /* in this round; 0: none */
+    uint64_t wait, until;      /* after a round without progress; wait: 0 if nothing failed */
+} tour;
+
+static void drain_wait(void)
 {
-    if (!upm.retry_wait) {
+    bool first = tour.error && !tour.wait;
+
+    if (!tour.error) {
+        tour.wait = 0; /* what is left is being converted back just now */
+        tour.until = now_ns() + MSEC;
+        return;
+    }
+    tour.wait = first ? RETRY_FIRST_NS : 2 * tour.wait;
+    if (tour.wait > RETRY_MOST_NS) {
+        tour.wait = RETRY_MOST_NS;
+    }
+    tour.until = now_ns() + tour.wait;
+    if (first) {
+        int error = tour.error;
+
+        upm_unlock();
         say("cannot discard: %s; the copies stay in the ledger, trying again", strerror(error));
+        upm_lock();
     }
-    upm.retry_wait = upm.retry_wait ? 2 * upm.retry_wait : RETRY_FIRST_NS;
-    if (upm.retry_wait > RETRY_MOST_NS) {
-        upm.retry_wait = RETRY_MOST_NS;
-    }
-    upm.retry_time = now_ns() + upm.retry_wait;
 }
 
+/* One chunk; or, if the rest of the round has nothing to discard, the end of the round. */
 static void drain_step(void)
 {
-    for (unsigned i = 0; i < upm.nregions; i++) {
-        for (int c = 0; c < COPIES; c++) {
-            struct region *r = upm.regions[i];
-            uint64_t at = 0, discarded = 0;
+    for (; tour.region < upm.nregions; tour.region++, tour.copy = PRIVATE) {
+        for (; tour.copy < COPIES; tour.copy++, tour.page = 0) {
+            struct region *r = &upm.region[tour.region];
+            uint64_t discarded = 0;
             int result;
 
-            if (!r->stale_pages[c] || !is_excess(c)) {
+            if (!is_excess(tour.copy)) {
                 continue;
             }
-            result = discard_next(r, c, &at, r->pages, &upm.count.failsafe[c], &discarded);
+            result = discard_next(r, tour.copy, &tour.page, r->pages,
+                                  &upm.count.failsafe[tour.copy], &discarded);
+            tour.progress |= result > 0;
             if (result < 0) {
-                back_off(-result);
-            } else if (result > 0) {
-                upm.retry_wait = 0;
+                tour.error = -result;
             }
             if (result) {
                 return;
             }
         }
     }
-    /* All that is left is being converted back just now. */
-    upm.retry_time = now_ns() + MSEC;
-}
-
-/* The region of the request's current range, by its number since it may be closed meanwhile. */
-static struct region *request_region(struct request *q, uint64_t *end)
-{
-    struct region *next = NULL;
-
-    if (!q->all) {
-        struct region *r = region_by_id(q->range[q->at_range].region);
-
-        *end = q->range[q->at_range].first + q->range[q->at_range].pages;
-        return r;
+    if (!tour.progress) {
+        drain_wait();
+    } else if (!tour.error) {
+        tour.wait = 0;
     }
-    for (unsigned i = 0; i < upm.nregions; i++) {
-        struct region *r = upm.regions[i];
-
-        if (r->id >= q->at_range && (!next || r->id < next->id)) {
-            next = r;
-        }
-    }
-    if (next) {
-        if (next->id != q->at_range) {
-            q->at_range = next->id;
-            q->at_page = 0;
-        }
-        *end = next->pages;
-    }
-    return next;
-}
-
-static bool request_next_range(struct request *q)
-{
-    q->at_range++;
-    if (q->at_range < q->count) {
-        q->at_page = q->range[q->at_range].first;
-        return true;
-    }
-    if (q->all && q->at_range < upm.next_region_id) {
-        q->at_page = 0;
-        return true;
-    }
-    q->at_range = 0;
-    q->at_page = q->count ? q->range[0].first : 0;
-    q->at_copy++;
-    return q->at_copy < COPIES;
-}
-
-/* One chunk of the request; false when there is nothing left of it. */
-static bool request_step(struct request *q)
-{
-    struct region *r;
-    uint64_t end;
-    int result;
-
-    while (q->at_copy < COPIES) {
-        r = q->copy[q->at_copy] ? request_region(q, &end) : NULL;
-        if (!r) {
-            if (!request_next_range(q)) {
-                return false;
-            }
-            continue;
-        }
-        result = discard_next(r, q->at_copy, &q->at_page, end,
-                              &upm.count.requested[q->at_copy], &q->discarded);
-        if (result < 0) {
-            q->error = -result;
-            return false;
-        }
-        if (result) {
-            return true;
-        }
-        if (!request_next_range(q)) {
-            return false;
-        }
-    }
-    return false;
-}
-
-static uint64_t request_bytes(const struct request *q)
-{
-    uint64_t pages = 0;
-
-    for (size_t i = 0; i < q->count; i++) {
-        pages += q->range[i].pages;
-    }
-    return (pages << PAGE_SHIFT) * (q->copy[PRIVATE] + q->copy[SHARED]);
+    tour.region = tour.error = 0;
+    tour.copy = PRIVATE;
+    tour.page = 0;
+    tour.progress = false;
 }
 
 static void request_finish(struct request *q)
@@ -244,10 +201,10 @@ static void request_finish(struct request *q)
     snprintf(data, sizeof(data),
              "{\"id\": %lld, \"discarded\": %llu, \"skipped\": %llu, \"error\": %s}",
              (long long)q->id, (unsigned long long)q->discarded, (unsigned long long)skipped, error);
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
     qemu_event("X_UPM_DISCARDED", data);
     free(q);
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
 }
 
 static void send(const char *name, const char *format, uint64_t a, uint64_t b)
@@ -256,9 +213,9 @@ static void send(const char *name, const char *format, uint64_t a, uint64_t b)
 
     snprintf(data, sizeof(data), format, (unsigned long long)a, (unsigned long long)b);
     upm.count.events++;
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
     qemu_event(name, data);
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
 }
 
 static void lease_expire(void)
@@ -269,7 +226,7 @@ static void lease_expire(void)
     if (!upm.keep_on_expiry) {
         upm.mode[PRIVATE] = upm.mode[SHARED] = MODE_EAGER;
     }
-    send("X_UPM_LEASE_EXPIRED", "{\"stale\": %llu}", upm.stale_pages << PAGE_SHIFT, 0);
+    send("X_UPM_LEASE_EXPIRED", "{\"stale\": %llu}", in_bytes(upm.stale_pages), 0);
 }
 
 static bool bell_due(uint64_t now)
@@ -277,13 +234,33 @@ static bool bell_due(uint64_t now)
     return upm.bell && upm.bell_armed && upm.notify_ns && now >= upm.bell_time + upm.notify_ns;
 }
 
+/* A chunk of the drain and of the oldest request, in turns: neither holds up the other. */
+static bool discard_step(uint64_t now)
+{
+    static bool request_is_next;
+    bool drain = has_excess() && now >= tour.until;
+
+    if (!drain && !upm.nrequests) {
+        return false;
+    }
+    if (upm.nrequests && (request_is_next || !drain)) {
+        struct request *q = upm.requests[upm.first_request];
+
+        if (!request_step(q)) {
+            request_finish(q);
+        }
+    } else {
+        drain_step();
+    }
+    request_is_next = !request_is_next;
+    return true;
+}
+
 /* One thing that is due. False if nothing is. */
 static bool step(uint64_t now)
 {
     if (upm.lease_deadline && now >= upm.lease_deadline) {
         lease_expire();
-    } else if (worker_has_excess() && now >= upm.retry_time) {
-        drain_step();
     } else if (bell_due(now)) {
         upm.bell = upm.bell_armed = false;
         upm.bell_time = now;
@@ -293,16 +270,10 @@ static bool step(uint64_t now)
         upm.budget_time = now;
         if (upm.budget) {
             send("X_UPM_BUDGET_REACHED", "{\"stale\": %llu, \"budget\": %llu}",
-                 upm.stale_pages << PAGE_SHIFT, upm.budget);
-        }
-    } else if (upm.nrequests) {
-        struct request *q = upm.requests[upm.first_request];
-
-        if (!request_step(q)) {
-            request_finish(q);
+                 in_bytes(upm.stale_pages), upm.budget);
         }
     } else {
-        return false;
+        return !upm.launching && discard_step(now);
     }
     return true;
 }
@@ -320,7 +291,7 @@ static void sleep_until_due(void)
     struct timespec t;
 
     earlier(&at, upm.lease_deadline, upm.lease_deadline);
-    earlier(&at, worker_has_excess(), upm.retry_time);
+    earlier(&at, has_excess() && !upm.launching, tour.until);
     earlier(&at, upm.bell && upm.bell_armed && upm.notify_ns, upm.bell_time + upm.notify_ns);
     earlier(&at, upm.budget_hit, upm.budget_time + BUDGET_EVENT_NS);
     if (!at) {
@@ -334,18 +305,15 @@ static void sleep_until_due(void)
 static void *worker_main(void *unused)
 {
     (void)unused;
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     while (!upm.stopping) {
-        if (!step(now_ns())) {
+        if (step(now_ns())) {
+            upm_breathe();
+        } else {
             sleep_until_due();
-        } else if (upm.waiters) {
-            /* A vCPU waits for what has just ended; the lock alone would not let it in first. */
-            pthread_mutex_unlock(&upm.lock);
-            usleep(YIELD_US);
-            pthread_mutex_lock(&upm.lock);
         }
     }
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
     return NULL;
 }
 
@@ -377,10 +345,10 @@ void worker_stop(void)
     if (!upm.worker_running) {
         return;
     }
-    pthread_mutex_lock(&upm.lock);
+    upm_lock();
     upm.stopping = true;
     worker_kick();
-    pthread_mutex_unlock(&upm.lock);
+    upm_unlock();
     pthread_join(upm.worker, NULL);
     upm.worker_running = false;
 }

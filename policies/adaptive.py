@@ -107,9 +107,9 @@ class Adaptive(Policy):
         if len(batch):
             self._learn(batch, ledger.returns())
             self._choose_modes(batch, ledger.stale_bytes)
-        if batch.dropped or not self._begun:
+        if not self._begun:
             self.attached(ledger, now_ns)
-        elif len(batch):
+        elif len(batch) and not batch.dropped:  # else it was planned for with all the others
             for copy in Copy:
                 self._plan(copy, ledger.entered(copy), now_ns)
         if self._limits.is_pressed(pressure):
@@ -129,6 +129,10 @@ class Adaptive(Policy):
         self._queues.clear()
         for copy in Copy:
             self._plan(copy, ledger.stale(copy).runs(), now_ns)
+
+    def forgotten(self, regions: frozenset[int]) -> None:
+        """Return times of these are of no use any longer."""
+        self._times.forget(regions)
 
     def _too_old(self, ledger: LedgerView, now_ns: int) -> list[Discard]:
         """Whatever got into the ledger unseen, by a resynchronisation, goes by age."""

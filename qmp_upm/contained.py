@@ -19,6 +19,7 @@ from qmp_upm.errors import PolicyError, QmpUpmError
 from qmp_upm.ledger import Ledger
 from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
 from qmp_upm.stats import VmStats
+from qmp_upm.units import NSEC
 
 DECIDE_SECONDS = 1.0
 """The most processor time that a decision may take; it should take a thousandth of that."""
@@ -29,6 +30,8 @@ TICKS_MOST = 30
 
 They are no measure of time to a daemon that isn't let run: however many it misses, it gets one.
 """
+AGAIN_NS = NSEC // 100
+"""The least time until a policy is asked again because it wished so: each time costs a read."""
 
 REASON_CHARACTERS = 1024
 """What is kept of an exception's text."""
@@ -81,8 +84,12 @@ class ContainedPolicy:
             self._fail(error)
 
     def attached(self, ledger: Ledger) -> None:
-        """The VM is there, and the ledger is read."""
+        """The ledger has been read."""
         self._call(lambda policy: policy.attached(ledger, self._clock.monotonic_ns()))
+
+    def forgotten(self, regions: frozenset[int]) -> None:
+        """Regions are gone."""
+        self._call(lambda policy: policy.forgotten(regions))
 
     def detached(self) -> None:
         """The VM is gone, or is left."""
@@ -95,7 +102,8 @@ class ContainedPolicy:
             lambda policy: checked(policy.decide(batch, ledger, now_ns, pressure))
         )
         self.stats.count_decision(self._clock.monotonic_ns() - begun_ns)
-        self.wake_at_ns = decision.wake_at_ns if decision else None
+        wake_ns = decision.wake_at_ns if decision else None
+        self.wake_at_ns = None if wake_ns is None else max(wake_ns, now_ns + AGAIN_NS)
         return decision or Decision()
 
     def _call(self, what: Callable[[Policy], Result]) -> Result | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is known of a VM whether or not it is attached: settings, policy, ledger and counters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -16,6 +16,7 @@ from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Decision, Pressure
 from qmp_upm.protocol import Copy, Query
 from qmp_upm.recording import BOUNDS
+from qmp_upm.remarks import Remark, remarks
 from qmp_upm.stats import PluginTotals
 from qmp_upm.telemetry import Telemetry
 from qmp_upm.trace import Block
@@ -63,8 +64,11 @@ class Guest:
         self.share: int | None = None
         """Of the host's budget; None while the host has none."""
         self.ledger = Ledger(self.budget_bytes)
+        self.remarks: Sequence[Remark] = ()
         self._touched = PageSet()
         self._unweighed = 0
+        self._regions: set[int] = set()
+        self._unseen = dict.fromkeys(Copy, 0)
         self._followed_ns = 0
         self._tell = tell
         self._told_ns: dict[str, int] = {}
@@ -85,7 +89,8 @@ class Guest:
     def restarted(self) -> None:
         """Another QEMU is there: its guest has converted nothing yet."""
         self.totals.restarted()
-        self._touched = PageSet()
+        self.forget()
+        self.batches.close()  # a trace is of one guest
 
     def set_budget(self) -> None:
         """Have the ledger and the counters know of a changed budget."""
@@ -192,25 +197,51 @@ class Guest:
         return True
 
     def resynchronise(self, stale: dict[Copy, PageSet], query: Query) -> None:
-        """Begin again with the plugin's own ledger."""
-        known = {region.id for region in query.regions}
+        """Begin again with the plugin's own ledger, and have the policy plan with it."""
         self.ledger.replace(stale, self.clock.monotonic_ns())
-        self.ledger.forget_regions_but(known)
-        self._touched.drop_regions(set(self._touched.regions) - known)
         self.stats.resyncs += 1
+        self._unseen = dict.fromkeys(Copy, 0)
         self.take(query)
-        self.count_stale()
         self.telemetry.line("resync", stale_bytes=self.ledger.stale_bytes)
+        self.policy.attached(self.ledger)
 
     def take(self, query: Query) -> None:
-        """The plugin's counters, which are exact whatever was dropped on the way."""
+        """The plugin's counters, which are exact whatever was dropped on the way, and regions."""
         self.totals.take(query.counters, query.latency_ns)
         self.stats.peak_stale_bytes = query.stale.peak
+        self.remarks = remarks(query.regions)
+        known = {region.id for region in query.regions}
+        gone = self.ledger.forget_regions_but(known) | (self._regions - known)
+        self._touched.drop_regions(set(self._touched.regions) - known)
+        self._regions = known
+        if gone:
+            self.policy.forgotten(gone)
+        self.count_stale()
+
+    def agrees(self, query: Query) -> bool:
+        """Whether the mirror is what the plugin says. What it lacks, or has too much, is shown."""
+        mirror = {copy: self.ledger.bytes_by_region(copy) for copy in Copy}
+        self._unseen = {
+            copy: getattr(query.stale, copy) - sum(mirror[copy].values()) for copy in Copy
+        }
+        self.count_stale()
+        return not any(self._unseen.values()) and all(
+            mirror[Copy.PRIVATE].get(region.id, 0) == region.stale_private
+            and mirror[Copy.SHARED].get(region.id, 0) == region.stale_shared
+            for region in query.regions
+        )
+
+    def forget(self) -> None:
+        """Nothing is held any longer, and nothing that is known of pages will be of use."""
+        self.ledger.forget()
+        self._touched, self._regions = PageSet(), set()
+        self._unseen = dict.fromkeys(Copy, 0)
+        self.count_stale()
 
     def count_stale(self) -> None:
         """Have the counters know of a changed ledger."""
         for copy in Copy:
-            self.stats.stale_bytes[copy] = self.ledger.bytes_of(copy)
+            self.stats.stale_bytes[copy] = self.ledger.bytes_of(copy) + self._unseen[copy]
 
     def decide(self, batch: Batch) -> Decision:
         """The policy's decision; if it fails now, the reason is said once.

@@ -124,6 +124,10 @@ class PageSet:
         """Bytes of all pages in the set."""
         return sum(len(pages) for pages in self._regions.values()) * PAGE_BYTES
 
+    def bytes_by_region(self) -> dict[int, int]:
+        """Bytes of the pages of each region."""
+        return {region: len(pages) * PAGE_BYTES for region, pages in self._regions.items()}
+
     @property
     def memory_bytes(self) -> int:
         """What the set takes, about: its containers, of 2^16 pages each, and their tables."""

@@ -134,7 +134,10 @@ class Policy(ABC):
         """What to keep and what to discard. ``now_ns`` is the clock of the records and ages."""
 
     def attached(self, ledger: LedgerView, now_ns: int) -> None:  # noqa: B027 - need not care
-        """The VM is there, perhaps again, and its ledger has just been read."""
+        """The ledger has just been read: the VM is there, or the daemon had lost track of it."""
+
+    def forgotten(self, regions: frozenset[int]) -> None:  # noqa: B027
+        """These regions are gone with all their pages; whatever is known of them can go, too."""
 
     def detached(self) -> None:  # noqa: B027
         """The VM is gone, or the daemon leaves it."""

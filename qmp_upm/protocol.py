@@ -69,7 +69,11 @@ class Region(Message):
     id: RegionId
     name: Annotated[str, Field(max_length=256)]
     size: Size
-    backing: Annotated[str, Field(max_length=64)]
+    backing: Annotated[str, Field(max_length=32)]
+    """``memfd``, ``file``, ``anonymous``, ``hugetlb``, ``in-place``, or ``unknown``."""
+    state: Annotated[str, Field(max_length=32)] = "followed"
+    """Or ``failing``, while the host refuses discards there, or ``lost``: not followed any more.
+    A plugin of release 0.1.0 does not say."""
     stale_private: Count
     stale_shared: Count
 
@@ -97,6 +101,8 @@ class Query(Message):
     protocol: Count
     vm_kind: Annotated[str, Field(max_length=32)]
     conversion: Annotated[str, Field(max_length=32)]
+    launching: bool = False
+    """No processor of the VM has run since it was made or rebuilt: nothing is discarded."""
     regions: Annotated[list[Region], Field(max_length=512)]
     stale: Stale
     records: RecordLog

@@ -7,15 +7,22 @@ nothing costs two to five reads in each lease.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from qmp_upm.backends import KvmAttributes, Request, Settings
-from qmp_upm.errors import MessageError, PeerError, PluginMissingError, UnavailableError
+from qmp_upm.errors import (
+    CommandError,
+    MessageError,
+    PeerError,
+    PluginMissingError,
+    UnavailableError,
+)
 from qmp_upm.events import HostEventName
 from qmp_upm.exits import PluginExits
 from qmp_upm.guest import Guest
 from qmp_upm.limits import RECOVER_SECONDS
-from qmp_upm.pages import PAGE_BYTES
+from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Discard
 from qmp_upm.protocol import (
     COMMANDS,
@@ -43,6 +50,12 @@ TURN_SECONDS = 0.002
 """The least time from one turn to the next, while the plugin has no backlog."""
 REFRESH_SECONDS = 3.0
 """How old the plugin's counters may be after they have changed."""
+HOLDING_SECONDS = 30.0
+"""How old they may be while the VM holds something: QEMU may close a region without a word."""
+PATIENCE_SECONDS = 60.0
+"""The longest pause before a discard that failed is tried again."""
+RESYNC_TRIES = 3
+"""Times that the ledger is begun to be read: a region may go while it is."""
 COMPANIES = 16
 """In which sessions do what has some time: half of them, as jitter has it."""
 DRAIN_SECONDS = 2.0
@@ -90,6 +103,10 @@ class Serving:
         self._refresh_ns: int | None = None
         self._expired = False
         self._recover_ns = 0
+        self._refresh_soon = False
+        self._doubt = False
+        self._failures = 0
+        self._patience_ns = 0
 
     def _settings(self) -> Settings:
         settings = self._guest.settings
@@ -114,9 +131,8 @@ class Serving:
             )
         self._exits.start(query.records.head)
         first = self._guest.decide(Batch())
-        await self._backend.configure(first.defer, first.hold_bytes)
+        await self._configure(first.defer, first.hold_bytes)
         await self._resynchronise()
-        self._guest.policy.attached(self._guest.ledger)
         return query
 
     async def serve(self, answer: Callable[[], Awaitable[None]]) -> None:
@@ -146,10 +162,13 @@ class Serving:
     async def reconfigure(self) -> None:
         """The settings or the budget have changed."""
         self._backend.settings = self._settings()
-        await self._backend.configure(
-            self._backend.deferred or frozenset(), self._backend.hold_bytes
-        )
+        await self._configure(self._backend.deferred or frozenset(), self._backend.hold_bytes)
         self.reconsider()
+
+    async def _configure(self, defer: frozenset[Copy], hold_bytes: int | None) -> None:
+        """Tell the plugin. What it gives back by itself for that, it tells nobody."""
+        await self._backend.configure(defer, hold_bytes)
+        self._want_refresh()
 
     async def drain_to(self, budget_bytes: int) -> int:
         """Wait until no more than that is stale, for a while; returns what is."""
@@ -163,13 +182,20 @@ class Serving:
 
     async def flush(self, copy: Copy | None, done: asyncio.Future[int]) -> None:
         """Discard what is stale now; ``done`` is told the bytes when the plugin has."""
-        await self._catch_up()
+        dropped = 0
+        async for batch in self._backlog():
+            dropped += batch.dropped
+            if len(batch):
+                await self._decide(batch)
+        if dropped:
+            await self._resynchronise()
         flush = _Flush(done)
         self._flushes.append(flush)
         for side in Copy if copy is None else (copy,):
             requests = self._submit(Discard(side, self._guest.ledger.stale(side), "flush"))
             flush.waiting |= {request.id for request in requests}
         flush.settle()
+        self._ask_policy = True  # what it had planned for is gone, or read just now
         await self._pump()
 
     def _wait_seconds(self) -> float:
@@ -243,20 +269,23 @@ class Serving:
         decision = self._guest.decide(batch)
         asked = self._backend.deferred, self._backend.hold_bytes
         if (decision.defer, decision.hold_bytes) != asked:
-            await self._backend.configure(decision.defer, decision.hold_bytes)
+            await self._configure(decision.defer, decision.hold_bytes)
         for discard in decision.discards:
             self._submit(discard)
 
     def _submit(self, discard: Discard) -> list[Request]:
-        self._guest.ledger.remove(discard.copy, discard.pages)
-        requests = self._backend.submit(discard)
+        ledger, deferred = self._guest.ledger, self._backend.deferred or frozenset()
+        # Of a copy that is kept, more may become stale until the plugin comes to it.
+        everything = discard.copy not in deferred and discard.pages == ledger.stale(discard.copy)
+        ledger.remove(discard.copy, discard.pages)
+        requests = self._backend.submit(discard, everything=everything)
         for request in requests:
             self._guest.telemetry.line(
                 "decision",
                 id=request.id,
                 copy=discard.copy,
                 bytes=request.bytes,
-                ranges=len(request.ranges),
+                ranges=0 if request.runs is None else len(request.runs.region),
                 reason=discard.reason,
             )
         self._guest.count_stale()
@@ -275,15 +304,32 @@ class Serving:
     async def _refresh(self) -> None:
         """The plugin's counters, some time after they have changed."""
         if self._refresh_ns is not None and self._guest.clock.monotonic_ns() >= self._refresh_ns:
-            self._take(await self._exits.query())
+            query = await self._exits.query()
+            self._take(query)
+            await self._compare(query)
+
+    async def _compare(self, query: Query) -> None:
+        """Read the plugin's ledger where it is not what the mirror says, as far as can be told."""
+        quiet = query.records.head == self._exits.cursor and not self._backend.busy
+        right = quiet and self._guest.agrees(query)
+        if right:
+            self._doubt = False
+        elif quiet or self._doubt:
+            # What can't be discarded is not asked for in each turn.
+            if self._guest.clock.monotonic_ns() >= self._patience_ns:
+                await self._resynchronise()
+            self._want_refresh()
 
     def _want_refresh(self) -> None:
-        if self._refresh_ns is None:
+        if not self._refresh_soon:
+            self._refresh_soon = True
             self._refresh_ns = self._in(REFRESH_SECONDS)
 
     def _take(self, query: Query) -> None:
         self._guest.take(query)
-        self._refresh_ns = None
+        self._refresh_soon = False
+        holds = query.stale.private or query.stale.shared or self._guest.ledger.stale_bytes
+        self._refresh_ns = self._in(HOLDING_SECONDS) if holds else None
 
     def _follow(self, batch: Batch) -> None:
         self._guest.stats.unlisted_records += self._exits.unlisted
@@ -292,10 +338,12 @@ class Serving:
             self._want_refresh()
             self._guest.follow(batch, self._exits.cursor)
 
-    async def _catch_up(self) -> None:
+    async def _backlog(self) -> AsyncIterator[Batch]:
         """Follow all that the plugin has on record by now, however fast the guest goes on."""
         for _ in range(RING_RECORDS // READ_MOST):
-            self._follow(await self._exits.read())
+            batch = await self._exits.read()
+            self._follow(batch)
+            yield batch
             if self._exits.drained:
                 return
 
@@ -303,16 +351,27 @@ class Serving:
         """Read the plugin's ledger. MessageError if it has no end."""
         try:
             async with asyncio.timeout(RESYNC_SECONDS):
-                query = await self._exits.query()
-                stale = await self._exits.read_stale(query, self._ranges_most())
+                query, stale = await self._read_ledger()
         except TimeoutError as error:
             raise MessageError(
                 f"the plugin's ledger was not read within {RESYNC_SECONDS:.0f} s",
                 hint="the VM's QEMU or plugin is faulty; restart the VM",
             ) from error
+        self._backend.take_out(stale)
         self._guest.resynchronise(stale, query)
         self._take(query)
+        self._want_refresh()  # the guest went on meanwhile
+        self._doubt = False
         self._ask_policy = True
+
+    async def _read_ledger(self) -> tuple[Query, dict[Copy, PageSet]]:
+        """The plugin's state and ledger. CommandError if regions go each time."""
+        for _ in range(RESYNC_TRIES - 1):
+            query = await self._exits.query()
+            with contextlib.suppress(CommandError):
+                return query, await self._exits.read_stale(query, self._ranges_most())
+        query = await self._exits.query()
+        return query, await self._exits.read_stale(query, self._ranges_most())
 
     def _ranges_most(self) -> int:
         """Pages of the budget, and of what may still be on its way out.
@@ -336,9 +395,7 @@ class Serving:
         self._guest.stats.lease_expiries += 1
         self._guest.warn_rarely("lease-expired", "this daemon was too slow, or stopped")
         self._guest.tell_rarely(HostEventName.LEASE_EXPIRED)
-        await self._backend.configure(
-            self._backend.deferred or frozenset(), self._backend.hold_bytes
-        )
+        await self._configure(self._backend.deferred or frozenset(), self._backend.hold_bytes)
 
     def _on_discarded(self, done: Discarded) -> None:
         request = self._backend.complete(done)
@@ -347,7 +404,11 @@ class Serving:
         self._want_refresh()
         stats, discard = self._guest.stats, request.discard
         stats.count_discard(discard.copy, discard.reason, done.discarded, done.skipped)
-        stats.failed_discards += done.error is not None
+        if done.error is not None:
+            stats.failed_discards += 1
+            self._on_failed()
+        elif done.discarded:
+            self._failures = self._patience_ns = 0
         self._guest.telemetry.line(
             "discard",
             id=done.id,
@@ -360,6 +421,14 @@ class Serving:
             flush.finish(done.id, done.discarded)
         self._flushes = [flush for flush in self._flushes if flush.waiting]
 
+    def _on_failed(self) -> None:
+        """Some of it is still stale: after a pause, twice as long each time, the ledger is read."""
+        self._doubt = True
+        if not self._patience_ns or self._guest.clock.monotonic_ns() >= self._patience_ns:
+            pause_s = min(REFRESH_SECONDS * 2**self._failures / 2, PATIENCE_SECONDS)
+            self._failures += 1
+            self._patience_ns = self._guest.clock.monotonic_ns() + int(pause_s * NSEC)
+
     async def leave(self) -> None:
         """Stopped by the operator: leave the VM as if we had never been here."""
         if self._backend.deferred is None:
@@ -368,7 +437,8 @@ class Serving:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._backend.configure(frozenset())
                 await self._settle()
-                await self._catch_up()
+                async for _ in self._backlog():
+                    pass
                 query = await self._exits.query()
                 self._take(query)
                 self._guest.telemetry.line("detached", counters=query.counters)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from qmp_upm.protocol import Copy
+from qmp_upm.remarks import Remark
 
 BUCKETS = 40
 """Of a latency histogram: bucket ``i`` counts durations below ``2**(i+1)`` ns, not below ``2**i``;
@@ -173,6 +174,8 @@ class VmView(BaseModel):
     """Why the policy was replaced by ``eager``; None while it works."""
     budget_bytes: int
     stale_bytes: Mapping[Copy, int]
+    remarks: Sequence[Remark] = ()
+    """What is not as it should be with the VM's memory; an older daemon does not say."""
     stats: VmStats
 
 

@@ -2,6 +2,8 @@
 """One VM's session: find it, attach, serve it, and again after a break, until cancelled."""
 
 import asyncio
+import contextlib
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -107,6 +109,7 @@ class Session:
             fallen_back=guest.policy.fallen_back,
             budget_bytes=guest.budget_bytes,
             stale_bytes=dict(guest.stats.stale_bytes),
+            remarks=guest.remarks,
             stats=guest.stats.snapshot(),
         )
 
@@ -144,6 +147,7 @@ class Session:
         try:
             while True:
                 begun_ns = self._clock.monotonic_ns()
+                self._hurry = False
                 await self._attempt()
                 if self.state is State.REFUSED:
                     pause = REFUSED_SECONDS
@@ -155,7 +159,11 @@ class Session:
                 pause = min(2 * pause, BACKOFF_MOST)
         finally:
             for _, done in self._asked:
-                done.cancel()
+                if not done.done():
+                    done.set_exception(
+                        UnavailableError(f"{self.name} is left", hint="query-vms lists who is not")
+                    )
+                    done.exception()  # nobody need be waiting for it any longer
             self._asked.clear()
             self._to(State.STOPPED)
 
@@ -281,15 +289,25 @@ class Session:
         """Wait, and meanwhile do what the host asks for."""
         clock = asyncio.get_running_loop().time
         until = clock() + self._clock.jittered(seconds)
-        self._hurry = False
         while not self._hurry and (left := until - clock()) > 0:
             await self._answer(None)
             self._woken.clear()
-            try:
-                async with asyncio.timeout(left):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, self._lease_left())):
                     await self._woken.wait()
-            except TimeoutError:
-                break
+
+    def _lease_left(self) -> float:
+        """Seconds until the plugin of a VM that was lost gives all back; then nothing is held.
+
+        A QEMU that is stopped does so when it goes on, and not before.
+        """
+        if self.state is State.SILENT or not any(self.guest.stats.stale_bytes.values()):
+            return math.inf
+        left_ns = self.held_until_ns - self._clock.monotonic_ns()
+        if left_ns > 0:
+            return left_ns / NSEC
+        self.guest.forget()
+        return math.inf
 
     async def _answer(self, serving: Serving | None) -> None:
         """Do what has been asked for, in order. What QEMU says to it may end the session."""

@@ -224,7 +224,7 @@ uint64_t stale(void)
 bool accounting_closes(void)
 {
     static const char *const became[] = {
-        "reused", "requested", "failsafe", "superseded", "forgotten",
+        "reused", "requested", "failsafe", "forgotten",
     };
     char *text = must("x-upm-query", "{}"), key[64];
     bool closes = true;

@@ -100,6 +100,8 @@ static void commands(void)
     fake_start();
     m = memory_new(RAM_MEMFD, 0, MIB);
     slot_map(0, m, 0, MIB, 0);
+    convert_only(0, MIB, false);
+    vcpu_run();
     for (unsigned i = 0; i < sizeof(each) / sizeof(*each); i++) {
         unsigned failed = 0;
 

@@ -165,9 +165,7 @@ static void flip(uint64_t *r)
         }
         lock_chunks(first, pages, false);
     }
-    if (next_random(r) % 32) {        /* sometimes QEMU finds nothing to discard */
-        discard(first, pages, to);
-    }
+    discard(first, pages, to);
     if (!early) {
         for (uint64_t p = first; p < first + pages; p++) {
             arrive(p, to);
@@ -353,6 +351,8 @@ static void set_up(const char *name)
         block[b] = memory_new(kind, b * BLOCK_PAGES * PAGE, BLOCK_PAGES * PAGE);
         map_block(b);
     }
+    convert_only(0, PAGES * PAGE, false);
+    vcpu_run();
     for (uint64_t p = 0; p < PAGES; p++) {
         write_page(p);
     }

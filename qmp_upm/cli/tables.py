@@ -93,6 +93,8 @@ def _troubles(view: VmView) -> Iterator[str]:
         yield f"{view.trouble.error}; hint: {view.trouble.hint}"
     if view.fallen_back is not None:
         yield f"the policy was replaced by eager: {view.fallen_back}"
+    for remark in view.remarks:
+        yield f"{remark.seen}; hint: {remark.hint}"
 
 
 def vm(view: VmView, settings: Iterable[Mapping[str, object]], now: float) -> RenderableType:

@@ -11,6 +11,7 @@ from qmp_upm.exits import PluginExits
 from qmp_upm.plugin import plugin_env
 from qmp_upm.protocol import COMMANDS, PROTOCOL, Query
 from qmp_upm.qmp import Monitor
+from qmp_upm.remarks import remarks
 
 
 async def check_monitor(socket: Path) -> Check:
@@ -86,4 +87,6 @@ def _judge(name: str, qemu: str, query: Query) -> Check:
         "in-place": "there is one copy of each page: no discard can be deferred",
         "none": "it has no guest_memfd: the daemon has nothing to do for it",
     }.get(query.conversion)
+    for remark in remarks(query.regions)[:1]:
+        return Check(name, Status.WARN, f"{seen}; {remark.seen}", remark.hint)
     return Check(name, Status.WARN if idle else Status.OK, seen, idle or "")

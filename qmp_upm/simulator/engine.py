@@ -28,10 +28,8 @@ from qmp_upm.units import NSEC
 
 UNLIMITED = 1 << 62
 """A budget, in bytes, that nobody reaches."""
-SOONEST_NS = NSEC // 1000
-"""The session waits at least that long between two decisions: ``qmp_upm.vm``."""
-
-
+SOONEST_NS = NSEC // 500
+"""The session waits at least that long between two turns: ``qmp_upm.serving``."""
 NOTIFY_NS = NSEC // 50
 """The plugin rings no more often, as the daemon's configuration has it."""
 
@@ -171,6 +169,7 @@ class Replay:
         plugin.apply(records, self._now_ns)
         self._ledger.apply(records[missing:], self._now_ns)
         self._ledger.replace({copy: plugin.stale(copy) for copy in Copy}, self._now_ns)
+        self._policy.attached(self._ledger)
 
     def finish(self) -> Outcome:
         """Hold what is stale to the end."""

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The VM and the plugin in virtual time: defers within the budget, and accounts for every byte.
 
-The rules are those of ``plugin/convert.c`` and ``plugin/worker.c``: a conversion withdraws the copy
-that becomes live; it then defers the discard of the other if its mode says so and the budget has
-room for all of the range that is not stale already, or else discards all of it at once. Discards
-are made in hole punches of 512 neighbouring pages at most. What a real plugin needs time for takes
-none here.
+The rules are those of ``plugin/convert.c`` and ``plugin/discard.c``: a conversion withdraws the
+copy that becomes live; it then defers the discard of the other if its mode says so and the budget
+has room for all of the range that is not stale already, or else discards all of it at once.
+Discards are made in hole punches of 512 neighbouring pages at most. What a real plugin needs time
+for takes none here.
+
+Each conversion is taken for one that changes all of its pages. Of one that does not, as when a
+guest accepts its memory, a real plugin enters nothing; here its pages are stale like any others.
 """
 
 from dataclasses import dataclass

@@ -62,6 +62,7 @@ class FakePlugin:
             "version": __version__,
             "protocol": PROTOCOL,
             "vm-kind": "sw-protected" if ledger.regions else "none",
+            "launching": ledger.launching,
             "conversion": "two-copy" if ledger.regions else "none",
             "page-size": PAGE_BYTES,
             "regions": [_region(region) for region in ledger.regions.values()],
@@ -151,7 +152,10 @@ class FakePlugin:
             asked = sum(end - first for _, first, end in ranges) * PAGE_BYTES * len(copies)
             request = FakeRequest(request_id, copies, ranges, asked)
         if len(self.worker.requests) == REQUESTS_MOST:
-            raise ReplyError("busy: too many discards are outstanding; wait for X_UPM_DISCARDED")
+            why = "too many discards are outstanding; wait for X_UPM_DISCARDED"
+            if self.ledger.launching:
+                why = "the VM is being launched, and discards wait until it runs"
+            raise ReplyError(f"busy: {why}")
         self.worker.requests.append(request)
         self._count_command()
         self.worker.wake()
@@ -195,8 +199,9 @@ def _region(region: FakeRegion) -> dict[str, object]:
         "id": region.id,
         "name": region.name,
         "size": size,
-        "backing": "memfd",
+        "backing": region.backing,
         "page-size": PAGE_BYTES,
+        "state": region.state,
         "slots": [{"gpa": region.gpa, "size": size, "offset": 0}],
         "stale-private": len(region.stale[Copy.PRIVATE]) * PAGE_BYTES,
         "stale-shared": len(region.stale[Copy.SHARED]) * PAGE_BYTES,

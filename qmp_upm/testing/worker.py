@@ -16,6 +16,8 @@ from qmp_upm.testing.ledger import FakeLedger
 MSEC = 1_000_000
 BUDGET_EVENT_NS = 1_000 * MSEC
 RETRY_NS = 100 * MSEC
+"""The first pause after a round of the drain in which all failed; the next is twice as long."""
+RETRY_MOST_NS = 10_000 * MSEC
 _LONG_AGO_NS = -(1 << 62)
 
 
@@ -48,6 +50,11 @@ class FakeWorker:
         self._clock_ns = clock_ns
         self._bell = self._bell_armed = False
         self._bell_ns = self._budget_ns = self._retry_ns = _LONG_AGO_NS
+        self._request_is_next = False
+        self._tour: deque[tuple[Copy, int, int]] = deque()
+        """What is left of the drain's round: copy, region, and the page to go on from."""
+        self._progress = self._stuck = False
+        self._retry_wait_ns = 0
         ledger.changed = self._on_conversion
 
     def _on_conversion(self) -> None:
@@ -80,10 +87,11 @@ class FakeWorker:
 
     def due_ns(self) -> int | None:
         """When ``step`` has something to do; None: not before ``wake`` is called."""
-        times = [_LONG_AGO_NS] if self.requests else []
+        launching = self._ledger.launching
+        times = [_LONG_AGO_NS] if self.requests and not launching else []
         if self.lease_deadline_ns:
             times.append(self.lease_deadline_ns)
-        if self._ledger.excess():
+        if self._ledger.excess() and not launching:
             times.append(self._retry_ns)
         if (bell_ns := self._bell_due_ns()) is not None:
             times.append(bell_ns)
@@ -97,8 +105,6 @@ class FakeWorker:
         bell_ns = self._bell_due_ns()
         if self.lease_deadline_ns and now >= self.lease_deadline_ns:
             self._expire_lease()
-        elif (copy := self._ledger.excess()) and now >= self._retry_ns:
-            self._drain_chunk(copy, now)
         elif bell_ns is not None and now >= bell_ns:
             self._bell = self._bell_armed = False
             self._bell_ns = now
@@ -109,11 +115,21 @@ class FakeWorker:
             if self._ledger.budget:
                 stale = self._ledger.stale_pages * PAGE_BYTES
                 self._event("X_UPM_BUDGET_REACHED", stale=stale, budget=self._ledger.budget)
-        elif self.requests:
+        else:
+            return not self._ledger.launching and self._discard_step(now)
+        return True
+
+    def _discard_step(self, now: int) -> bool:
+        """A chunk of the drain and of the oldest request, in turns. False if there is neither."""
+        drain = bool(self._ledger.excess()) and now >= self._retry_ns
+        if not drain and not self.requests:
+            return False
+        if self.requests and (self._request_is_next or not drain):
             if not self._request_chunk(self.requests[0]):
                 self._finish(self.requests.popleft())
         else:
-            return False
+            self._drain_chunk(now)
+        self._request_is_next = not self._request_is_next
         return True
 
     def _event(self, name: str, **data: object) -> None:
@@ -127,28 +143,37 @@ class FakeWorker:
             self._ledger.deferring = dict.fromkeys(Copy, False)
         self._event("X_UPM_LEASE_EXPIRED", stale=self._ledger.stale_pages * PAGE_BYTES)
 
-    def _drain_chunk(self, copy: Copy, now: int) -> None:
-        try:
-            for region in self._ledger.regions.values():
-                if self._ledger.discard(region.id, copy, 0, region.pages, "failsafe") is not None:
-                    return
-        except OSError:
-            self._retry_ns = now + RETRY_NS
+    def _drain_chunk(self, now: int) -> None:
+        """Go round all regions. What can't be discarded is left behind until the next round."""
+        if not self._tour:
+            self._progress = self._stuck = False
+            self._tour += ((copy, region, 0) for region in self._ledger.regions for copy in Copy)
+        while self._tour:
+            copy, region, at = self._tour.popleft()
+            if not self._ledger.is_excess(copy):
+                continue
+            step = self._ledger.discard(region, copy, at, 1 << 62, "failsafe")
+            if step is not None:
+                self._progress |= step.error is None
+                self._stuck |= step.error is not None
+                self._tour.appendleft((copy, region, step.end))
+                return
+        if self._stuck and not self._progress:
+            grown = min(2 * self._retry_wait_ns, RETRY_MOST_NS)
+            self._retry_wait_ns = grown or RETRY_NS
+            self._retry_ns = now + self._retry_wait_ns
+        elif not self._stuck:
+            self._retry_wait_ns = 0
 
     def _request_chunk(self, request: FakeRequest) -> bool:
-        """False when nothing is left of it."""
+        """False when nothing is left of it. What can't be discarded stays behind."""
         while request.left:
-            copy, region_id, first, end = request.left.popleft()
-            before = self._ledger.counters[f"requested-bytes-{copy}"]
-            try:
-                at = self._ledger.discard(region_id, copy, first, end, "requested")
-            except OSError as error:
-                request.error = str(error)
-                return False
-            if at is not None:
-                now = self._ledger.counters[f"requested-bytes-{copy}"]
-                request.discarded += now - before
-                request.left.appendleft((copy, region_id, at, end))
+            copy, region, first, end = request.left.popleft()
+            step = self._ledger.discard(region, copy, first, end, "requested")
+            if step is not None:
+                request.error = step.error or request.error
+                request.discarded += step.discarded
+                request.left.appendleft((copy, region, step.end, end))
                 return True
         return False
 

@@ -8,7 +8,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tests.lab.inside import KVM_TYPE, START_SECONDS, allocated
 MIB = 1 << 20
 PAGE = 4096
 GUEST_MEMFD = 234  # KVM_CAP_GUEST_MEMFD
+WAIT_SECONDS = 60
 DEFER = {"private": "defer", "shared": "defer", "budget": 1 << 40}
 
 
@@ -38,6 +39,14 @@ def has_guest_memfd() -> bool:
         return False
 
 
+def until(done: Callable[[], object], what: str) -> None:
+    """Wait for it."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not done():
+        assert time.monotonic() < end, f"not within {WAIT_SECONDS} s: {what}"
+        time.sleep(0.01)
+
+
 class Guest:
     """A QEMU with the plugin, whose guest's memory converts when told."""
 
@@ -47,14 +56,18 @@ class Guest:
         *arguments: str,
         backends: int = 1,
         configuration: Mapping[str, object] = DEFER,
+        plugin: bool = True,
+        around: tuple[str, ...] = (),
     ) -> None:
+        """``around``: more preloads in front of the plugin, named from this folder."""
         version = subprocess.run(
             ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
         ).stdout.split()[3]
         objects = [
             build.preload("../integration/convert.c"),
             build.shim(),
-            plugin_path(),
+            *(build.preload(f"../integration/{name}") for name in around),
+            *((plugin_path(),) if plugin else ()),
             build.preload("../../benchmarks/attributes.c"),
         ]
         self.errors = (folder / "stderr").open("w+")
@@ -78,8 +91,23 @@ class Guest:
             self.monitor = dial(folder / "qmp", lambda: self.process.poll() is None, START_SECONDS)
         except RuntimeError as error:
             raise AssertionError((folder / "stderr").read_text()) from error
-        if configuration:
+        self._plugin = plugin
+        self._launch()
+        if plugin and configuration:
             self.cmd("x-upm-configure", **configuration)
+
+    def _launch(self) -> None:
+        """Let it run for a moment: until a VM has run, its attributes are its launch's.
+
+        It is stopped again, so that nothing happens but what a test asks for.
+        """
+        self.cmd("cont")
+        until(lambda: not self._launching(), "its first instruction")
+        self.cmd("stop")
+
+    def _launching(self) -> bool:
+        """What the plugin says; the one of release 0.1.0 says nothing."""
+        return self._plugin and self.cmd("x-upm-query").get("launching", False)
 
     def cmd(self, name: str, **arguments: Any) -> Any:
         """A QMP command's reply."""
@@ -97,10 +125,7 @@ class Guest:
     def drain(self) -> None:
         """Until the ledger is empty."""
         self.cmd("x-upm-configure", private="eager", shared="eager")
-        end = time.monotonic() + 20
-        while any(self.stale()):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: not any(self.stale()), "an empty ledger")
         self.cmd("x-upm-configure", **DEFER)
 
     def regions(self) -> list[dict[str, Any]]:

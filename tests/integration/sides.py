@@ -8,27 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qemu.qmp import QMPError
 
 from qmp_upm.testing import FakePlugin, FakeQemu, FakeVm
-from tests.integration.guest import MEMFD, MIB, Guest
+from tests.integration.guest import MEMFD, MIB, WAIT_SECONDS, Guest
 from tests.lab.dial import dial
-
-WAIT_SECONDS = 60
-
-
-def until(done: Callable[[], object], what: str) -> None:
-    """Wait for it."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not done():
-        assert time.monotonic() < end, f"not within {WAIT_SECONDS} s: {what}"
-        time.sleep(0.01)
 
 
 def opened(pid: int) -> tuple[int, int]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.guest import MIB, has_guest_memfd
-from tests.integration.sides import DaemonProcess, ForkedFakeVm, RealVm, opened, until
+from tests.integration.guest import MIB, has_guest_memfd, until
+from tests.integration.sides import DaemonProcess, ForkedFakeVm, RealVm, opened
 
 ROUNDS = 100
 """Of each kind of VM."""

@@ -65,7 +65,8 @@ def cached(name: str, parts: list[bytes], make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _run(command: list[str], what: str, log: Path | None = None) -> None:
+def run(command: list[str], what: str, log: Path | None = None) -> None:
+    """Runs it; raises LabError with the end of its output, and leaves all of it in ``log``."""
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode:
         if log:
@@ -80,7 +81,7 @@ def gcc(arguments: list[str], sources: list[str]) -> Callable[[Path], None]:
     """Something for ``cached`` to make; sources are named from this folder."""
 
     def make(target: Path) -> None:
-        _run(
+        run(
             ["gcc", *arguments, "-o", str(target), *(str(HERE / s) for s in sources)],
             f"gcc {' '.join(sources)}",
         )
@@ -131,8 +132,8 @@ def payload() -> Path:
     ]
     return cached(
         "payload.elf",
-        _texts("payload.c", "start.S", "payload.ld"),
-        gcc(flags, ["start.S", "payload.c"]),
+        _texts("payload.c", "hostile.c", "payload.h", "start.S", "payload.ld"),
+        gcc(flags, ["start.S", "payload.c", "hostile.c"]),
     )
 
 
@@ -192,13 +193,13 @@ def _make_kernel(target: Path) -> None:
     log = cache() / "kernel-build.log"
     say("Building the lab's kernel: about five minutes, once; later runs find it in the cache.")
     with tempfile.TemporaryDirectory(dir=cache()) as work:
-        _run(["tar", "-C", work, "-xf", str(TARBALL)], "unpacking the kernel's source", log)
+        run(["tar", "-C", work, "-xf", str(TARBALL)], "unpacking the kernel's source", log)
         tree = next(Path(work).iterdir())
         make = ["make", "-C", str(tree), "-s", f"-j{os.cpu_count() or 1}"]
-        _run([*make, "tinyconfig"], "make tinyconfig", log)
+        run([*make, "tinyconfig"], "make tinyconfig", log)
         with (tree / ".config").open("ab") as config:
             config.write(b"\n" + (HERE / "kernel.config").read_bytes())
-        _run([*make, "olddefconfig"], "make olddefconfig", log)
+        run([*make, "olddefconfig"], "make olddefconfig", log)
         start = time.monotonic()
         with log.open("wb") as output:
             build = subprocess.Popen([*make, "bzImage"], stdout=output, stderr=output)

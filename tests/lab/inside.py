@@ -97,6 +97,7 @@ class Run:
             f"workload={s.workload} vcpus={s.vcpus} flips={s.flips or FLIPS[s.workload]} seed=7 "
             f"backing={s.backing}"
         )
+        prealloc = "on" if s.boots_private else "off"
         self.qemu = subprocess.Popen(
             [
                 "qemu-system-x86_64",
@@ -105,7 +106,7 @@ class Run:
                 "-machine",
                 "q35,smm=off,memory-backend=ram",
                 "-object",
-                "memory-backend-memfd,id=ram,size=256M,share=on",
+                f"memory-backend-memfd,id=ram,size=256M,share=on,prealloc={prealloc}",
                 "-m",
                 "256",
                 "-smp",
@@ -135,7 +136,10 @@ class Run:
                 f"unix:{self.work}/runner.sock,server=on,wait=off",
             ],
             env=dict(
-                os.environ, LD_PRELOAD=preload, LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])]
+                os.environ,
+                LD_PRELOAD=preload,
+                LAB_KVM_TYPE=KVM_TYPE[int(version.split(".")[0])],
+                **({"LAB_PRIVATE": str(AREA)} if s.boots_private else {}),
             ),
             stderr=self.qemu_log.open("wb"),
             preexec_fn=self._enter,  # noqa: PLW1509
@@ -383,11 +387,13 @@ class Run:
 def main() -> None:
     """Every scenario of DIR/job.json; a result that could not be had is absent, and said why."""
     out = Path(sys.argv[1])
-    from tests.lab.firmware import Firmware  # noqa: PLC0415 - these are kinds of Run
+    from tests.lab.direct import Direct  # noqa: PLC0415 - these are kinds of Run
+    from tests.lab.firmware import Firmware  # noqa: PLC0415
     from tests.lab.table import Table  # noqa: PLC0415
     from tests.lab.torture import Torture  # noqa: PLC0415
 
     kinds = {"torture": Torture, "table": Table, "firmware": Firmware}
+    kinds |= dict.fromkeys(("direct-eager", "direct-defer"), Direct)
     job = json.loads((out / "job.json").read_text(encoding="utf-8"))
     for number, fields in enumerate(job["scenarios"]):
         scenario = Scenario(**fields)

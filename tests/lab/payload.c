@@ -3,27 +3,14 @@
  * The guest: shares and unshares its memory as a confidential guest does, and checks at every step
  * that nobody touched what it had written. Freestanding, 32 bits, no paging.
  *
- * Command line: workload=flip|ovmf|swiotlb|boot|random|paced|selftest vcpus=N flips=N seed=N
- * backing=one|two
+ * Command line: workload=flip|ovmf|swiotlb|boot|random|paced|race|matrix|accept|selftest vcpus=N
+ * flips=N seed=N backing=one|two
  * Output, on port 0xe9 when the work is done: one line of JSON. Then it halts for ever.
  *
  * The rule it checks: what was written to a page while it was private (or shared) is there until
  * the guest converts the page; after a round trip a page holds what it held, or zeroes.
  */
-#include <stdbool.h>
-#include <stdint.h>
-
-#define PAGE 4096u
-#define CHUNK (2u << 20)
-#define CHUNK_PAGES (CHUNK / PAGE)
-#define AREA (32u << 20)              /* where the pages that are converted start */
-#define AREA_PAGES (192u * CHUNK_PAGES / 2)   /* 192 MiB */
-#define VCPUS_MAX 8
-#define BOOT_BUFFER_USES 5000u
-#define HOT_PAGES 16u                 /* what a burst of the paced guest shares and takes back */
-#define BLOCK_PAGES 32u               /* what it ends with */
-#define BLOCKS 8u
-#define STRIDE 64                     /* in words: one in each 256 bytes of a page is checked */
+#include "payload.h"
 
 #define DEBUG_PORT 0xe9
 #define PVPANIC_PORT 0x505
@@ -33,21 +20,14 @@
 #define HC_MAP_GPA_RANGE 12
 #define MAP_GPA_PRIVATE 0x10u
 
-enum state { SHARED, PRIVATE };
-
-struct shadow {
-    uint8_t state;
-    bool converted;                   /* to shared, at least once */
-    uint32_t written[2];              /* generation last written in each state; 0: never */
-};
-
 extern char trampoline[], trampoline_end[];
 extern volatile uint32_t processors;
 
-static struct shadow shadow[AREA_PAGES];
+struct shadow shadow[AREA_PAGES];
+uint32_t vcpus = 1, flips, seed = 1;
+
 static volatile uint32_t go, finished, errors;
 static volatile uint32_t conversions[2], converted_pages[2]; /* by the state that they led to */
-static uint32_t vcpus = 1, flips, seed = 1;
 static bool one_backing;              /* the same work on memory that is never converted */
 static char workload[16] = "flip";
 
@@ -111,7 +91,7 @@ static bool equal(const char *a, const char *b)
     return *a == *b;
 }
 
-static uint32_t random32(uint32_t *state)
+uint32_t random32(uint32_t *state)
 {
     *state ^= *state << 13;
     *state ^= *state >> 17;
@@ -119,7 +99,7 @@ static uint32_t random32(uint32_t *state)
     return *state;
 }
 
-static volatile uint32_t *words(uint32_t page)
+volatile uint32_t *words(uint32_t page)
 {
     return (volatile uint32_t *)(AREA + page * PAGE);
 }
@@ -132,12 +112,12 @@ static uint32_t pattern(uint32_t page, uint32_t state, uint32_t generation, uint
     return x * 2654435761u | 1; /* never zero */
 }
 
-static void error(void)
+void error(void)
 {
     __sync_fetch_and_add(&errors, 1);
 }
 
-static void write_page(uint32_t page)
+void write_page(uint32_t page)
 {
     struct shadow *s = &shadow[page];
     uint32_t generation = ++s->written[s->state];
@@ -148,7 +128,7 @@ static void write_page(uint32_t page)
 }
 
 /* The page is as the guest last wrote it in its present state. */
-static void check_live(uint32_t page)
+void check_live(uint32_t page)
 {
     const struct shadow *s = &shadow[page];
 
@@ -180,7 +160,7 @@ static void check_returned(uint32_t page)
     }
 }
 
-static void ask_host(uint32_t page, uint32_t pages, enum state to)
+void ask_host(uint32_t page, uint32_t pages, enum state to)
 {
     uint32_t result = HC_MAP_GPA_RANGE;
 
@@ -195,7 +175,7 @@ static void ask_host(uint32_t page, uint32_t pages, enum state to)
     __sync_fetch_and_add(&converted_pages[to], pages);
 }
 
-static void convert(uint32_t page, uint32_t pages, enum state to)
+void convert(uint32_t page, uint32_t pages, enum state to)
 {
     for (uint32_t p = page; p < page + pages; p++) {
         check_live(p);
@@ -351,6 +331,12 @@ static void work(uint32_t id)
         work_random(id);
     } else if (equal(workload, "paced")) {
         work_paced(id);
+    } else if (equal(workload, "race")) {
+        work_race(id);
+    } else if (equal(workload, "matrix")) {
+        work_matrix(id);
+    } else if (equal(workload, "accept")) {
+        work_accept(id);
     } else {
         work_selftest(id);
     }

@@ -5,13 +5,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 POLICIES = ("eager", "lazy", "batched", "none")
-WORKLOADS = ("flip", "ovmf", "swiotlb", "boot", "random", "selftest")
+WORKLOADS = (
+    *("flip", "ovmf", "swiotlb", "boot", "random"),
+    *("race", "matrix", "accept", "selftest"),
+)
 FLIPS = {
     "flip": 2000,
     "ovmf": 5100,
     "swiotlb": 5000,
     "boot": 5100,
     "random": 20000,
+    "race": 4000,
+    "matrix": 10,
+    "accept": 200,
     "paced": 24,
     "selftest": 1,
 }
@@ -46,6 +52,11 @@ class Scenario:
     counted: bool = False
     patience_seconds: int = 600
     name: str = field(default="run")
+
+    @property
+    def boots_private(self) -> bool:
+        """Whether the guest's own part of memory is private from the start, and preallocated."""
+        return self.workload == "accept"
 
     def to_json(self) -> dict[str, Any]:
         """For the runner's list."""

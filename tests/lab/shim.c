@@ -8,6 +8,8 @@
  *
  * LAB_KVM_TYPE    index of the class callback `kvm_type`, counted from `kvm_init`
  * LAB_BACKENDS    how many memory backends get a guest_memfd (default 1)
+ * LAB_PRIVATE     guest memory from this address on stays private, as that of a guest is which is
+ *                 to accept it (default: none)
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -50,6 +52,7 @@ struct type_info {
 static int (*next_ioctl)(int fd, unsigned long request, ...);
 static uint8_t *guest;
 static int vm_fd = -1, backends_left;
+static uint64_t private_from = UINT64_MAX;
 static __thread uint64_t new_slot_gpa, new_slot_bytes;
 
 static void *symbol(const char *name)
@@ -123,6 +126,9 @@ static void make_guest(void)
         exit(1);
     }
     backends_left = getenv("LAB_BACKENDS") ? atoi(getenv("LAB_BACKENDS")) : 1;
+    if (getenv("LAB_PRIVATE")) {
+        private_from = strtoull(getenv("LAB_PRIVATE"), NULL, 0);
+    }
 }
 
 static void before_region(struct upm_kvm_region2 *r)
@@ -134,13 +140,25 @@ static void before_region(struct upm_kvm_region2 *r)
     }
 }
 
-/* "Mark the new slot private", unless it is a conversion of the guest's. */
-static void before_attributes(struct upm_kvm_attributes *a)
+/* "Mark the new slot private", unless it is a conversion of the guest's: what the guest boots from
+ * becomes shared. Of a slot that reaches into private memory that is done by a call of its own. */
+static int set_attributes(int fd, unsigned long request, struct upm_kvm_attributes *a)
 {
-    if (new_slot_bytes && a->address == new_slot_gpa && a->size == new_slot_bytes) {
-        a->attributes = 0;
-    }
+    bool registers = new_slot_bytes && a->address == new_slot_gpa && a->size == new_slot_bytes;
+    struct upm_kvm_attributes boot = *a;
+    int result;
+
     new_slot_bytes = 0;
+    if (!registers || a->address >= private_from) {
+        return next_ioctl(fd, request, a);
+    }
+    boot.attributes = 0;
+    if (a->size <= private_from - a->address) {
+        return next_ioctl(fd, request, &boot);
+    }
+    boot.size = private_from - a->address;
+    result = next_ioctl(fd, request, a);
+    return result ? result : next_ioctl(fd, request, &boot);
 }
 
 int ioctl(int fd, unsigned long request, ...)
@@ -160,7 +178,7 @@ int ioctl(int fd, unsigned long request, ...)
     } else if (guest && request == UPM_KVM_SET_REGION2) {
         before_region(argument);
     } else if (guest && request == UPM_KVM_SET_ATTRIBUTES) {
-        before_attributes(argument);
+        return set_attributes(fd, request, argument);
     } else if (guest && request == UPM_KVM_RUN && !guest[OBJECT_HEADER]) {
         require_guest_memfd(true);
     }

@@ -5,15 +5,15 @@ import random
 import time
 from typing import Any
 
-from tests.lab.inside import AREA, AREA_BYTES, Run, wait_until
+from tests.lab.direct import MIB, Direct
+from tests.lab.inside import AREA, AREA_BYTES
+from tests.lab.scenario import FLIPS
 
-MIB = 1 << 20
-CONVERSION_MOST = 2 * MIB
 BUDGETS = (0, MIB, 8 * MIB, 64 * MIB)
-DRAIN_SECONDS = 30.0
+"""Larger ones come later, so that what passes a smaller one shows in the peak."""
 
 
-class Torture(Run):
+class Torture(Direct):
     """No daemon: this process is the plugin's client, and not a kind one."""
 
     def __init__(self, *args: Any) -> None:
@@ -22,11 +22,18 @@ class Torture(Run):
         self.budget = 0
         self.settled = True
         self.over_budget = 0
+        self.done = 0.0
         self.commands: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Not eager, as it would be by itself."""
+        self.disturb("configure")
 
     def query(self) -> dict[str, Any]:
         """The plugin's state; each look disturbs it as well."""
         query = super().query()
+        made = sum(query["counters"][f"conversions-to-{c}"] for c in ("private", "shared"))
+        self.done = made / (self.scenario.flips or FLIPS[self.scenario.workload])
         stale = query["stale"]["private"] + query["stale"]["shared"]
         self.settled = self.settled or stale <= self.budget
         if self.settled:
@@ -44,15 +51,14 @@ class Torture(Run):
         elif what == "all":
             self._discard(copy=pick(("private", "shared", "both")), all=True)
         elif what == "configure":
-            budget = pick(BUDGETS)
+            budget = pick(BUDGETS[: 2 + int(2 * min(self.done, 1.0))])
             self.settled = self.settled and budget >= self.budget
             self.budget = budget
-            self.monitor.cmd(
-                "x-upm-configure",
+            self.configure(
+                budget=budget,
                 **{
                     "private": pick(("eager", "defer", "defer")),
                     "shared": pick(("eager", "defer", "defer")),
-                    "budget": budget,
                     "lease-ms": pick((0, 20, 200, 2000)),
                     "on-lease-expiry": pick(("eager", "eager", "keep")),
                     "notify-ms": pick((0, 1, 50)),
@@ -76,39 +82,9 @@ class Torture(Run):
         if "error" in reply and "busy" not in reply["error"]["desc"]:
             raise RuntimeError(f"x-upm-discard: {reply}")
 
-    def result(self) -> dict[str, Any]:
-        """The guest's work under disturbance; then a drain, and what is left."""
-        self.start_qemu()
-        self.disturb("configure")
-        guest = self.guest()
-        self.monitor.cmd(
-            "x-upm-configure", **{"private": "eager", "shared": "eager", "lease-ms": 0}
-        )
-        wait_until(lambda: not sum(self._stale_now()), DRAIN_SECONDS)
-        final = self.monitor.cmd("x-upm-query")
-        counters = final["counters"]
-        return {
-            "name": self.scenario.name,
-            "vcpus": self.scenario.vcpus,
-            "qemu_version": "{major}.{minor}.{micro}".format(
-                **self.monitor.cmd("query-version")["qemu"]
-            ),
-            "vm_kind": final["vm-kind"],
-            "guest_conversions": guest["conversions"],
-            "plugin_conversions": sum(
-                counters[f"conversions-to-{c}"] for c in ("private", "shared")
-            ),
-            "data_errors": guest["errors"],
-            "qemu_alive": self.qemu.poll() is None,
+    def plugin_result(self) -> dict[str, Any]:
+        """And what a look at its stale bytes found above the budget of the moment."""
+        return super().plugin_result() | {
             "over_budget_bytes": self.over_budget,
-            "conversion_most_bytes": CONVERSION_MOST,
-            "final_stale_bytes": sum(self._stale_now()),
-            "shared_live_bytes": self.live_shared(guest),
-            "shared_allocated_bytes": self.shared_bytes(),
             "disturbances": self.commands,
-            "counters": counters,
         }
-
-    def _stale_now(self) -> tuple[int, int]:
-        stale = self.monitor.cmd("x-upm-query")["stale"]
-        return stale["private"], stale["shared"]

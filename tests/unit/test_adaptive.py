@@ -149,14 +149,16 @@ def test_a_trial_that_comes_back_is_not_spent(*, back: bool) -> None:
     assert gone == ([] if back else [(Copy.SHARED, [Range(1, 512 * PAGE_BYTES, PAGE_BYTES)])])
 
 
-@pytest.mark.parametrize("dropped", [0, 1])
-def test_takes_over_what_another_policy_holds(dropped: int) -> None:
-    """Swapped in, or after records were lost, it plans for all that is stale."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_takes_over_what_another_policy_holds(*, lost: bool) -> None:
+    """Swapped in, or after the ledger was read anew, it plans for all that is stale."""
     policy, ledger = make_policy("adaptive", {"prices": PRICES}), Ledger(1 << 40)
-    if dropped:
+    if lost:
         policy.decide(Batch(), ledger, 0, Pressure())
     ledger.apply(records_of((0, 4, 1, 0)), 0)
-    decision = policy.decide(Batch(dropped=dropped), ledger, 0, Pressure())
+    if lost:
+        policy.attached(ledger, 0)
+    decision = policy.decide(Batch(), ledger, 0, Pressure())
     assert until_empty(policy, ledger, decision) == ["learnt"]
 
 

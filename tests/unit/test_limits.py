@@ -26,8 +26,8 @@ from qmp_upm.stats import State
 from qmp_upm.testing import ReplyError
 from qmp_upm.testing.faults import Flood, Script
 from qmp_upm.testing.peer import encode, listen_as_another
+from tests.unit.hosts import FAST, KEEP, hosting, states, write
 from tests.unit.sessions import MIB, PAGE, fake_vm, running, until
-from tests.unit.test_host import FAST, KEEP, hosting, states, write
 
 
 @given(st.text(max_size=600))

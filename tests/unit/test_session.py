@@ -228,6 +228,7 @@ async def test_flush_gives_back_and_counts(tmp_path: Path) -> None:
     ):
         await until(lambda: run.session.state is State.ATTACHED)
         flip(peer, 5)
+        flip(peer, 2, at=16)
         peer.plugin.convert(1, 16 * PAGE, 2 * PAGE, to_private=False)
         assert await run.session.ask(Flush(Copy.PRIVATE)) == 2 * PAGE
         assert peer.plugin.ledger.stale(Copy.SHARED) == 5 * PAGE

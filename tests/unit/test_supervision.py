@@ -16,8 +16,8 @@ from qmp_upm.discovery import Discovery
 from qmp_upm.pressure import PressureFiles
 from qmp_upm.supervision import Supervisor
 from qmp_upm.telemetry import TelemetryWriter
+from tests.unit.hosts import FAST, hosting, states, write
 from tests.unit.sessions import PAGE, fake_vm, until
-from tests.unit.test_host import FAST, hosting, states, write
 
 
 def failing(patch: pytest.MonkeyPatch, owner: type, name: str, times: int) -> list[str]:
@@ -35,6 +35,7 @@ def failing(patch: pytest.MonkeyPatch, owner: type, name: str, times: int) -> li
     return calls
 
 
+@pytest.mark.traceback
 @pytest.mark.parametrize(
     ("task", "owner", "name"),
     [
@@ -68,6 +69,7 @@ async def test_a_task_of_the_host_is_begun_again(
     assert (tmp_path / "a.jsonl").exists()
 
 
+@pytest.mark.traceback
 async def test_pauses_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect that stays costs a death a minute, not the processor."""
     pauses: list[float] = []

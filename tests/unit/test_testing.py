@@ -153,7 +153,7 @@ def test_runs_are_their_single_conversions(
     assert reads[0] == reads[1]
     n = at_once.ledger.counters
     for copy in Copy:
-        gone = ("reused", "requested", "failsafe", "superseded", "forgotten")
+        gone = ("reused", "requested", "failsafe", "forgotten")
         left = sum(n[f"{why}-bytes-{copy}"] for why in gone) + at_once.ledger.stale(copy)
         assert n[f"deferred-bytes-{copy}"] == left
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whole episodes through the host: what goes wrong also ends, and then all is as it was.
+
+The VMs are fakes of `qmp_upm.testing`. That the daemon's picture of each is the plugin's ledger at
+the end, `tests.truth` sees; here also that the daemon comes to it by itself, in its own time.
+"""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from qmp_upm.host import Host
+from qmp_upm.pressure import PressureFiles
+from qmp_upm.protocol import Copy
+from qmp_upm.testing import FakeVm
+from tests.unit.hosts import FAST, KEEP, hosting, states, write
+from tests.unit.sessions import MIB, PAGE, fake_vm, until
+
+SOON = '[defaults]\nnotify = "1 ms"\nlease = "2 s"\n'
+
+
+def flip(peer: FakeVm, pages: int, at: int = 0) -> None:
+    """The guest makes single pages private, which leaves their shared copies."""
+    for page in range(at, at + 2 * pages, 2):
+        peer.plugin.convert(1, page * PAGE, PAGE, to_private=True)
+
+
+def held(peer: FakeVm) -> int:
+    """Bytes that the plugin keeps."""
+    return sum(peer.plugin.ledger.stale(copy) for copy in Copy)
+
+
+def shown(host: Host) -> int:
+    """Bytes that the daemon says the one VM holds."""
+    (view,) = host.vms()
+    return sum(view.stale_bytes.values())
+
+
+async def test_budget_down_and_eager_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the plugin gives back by itself is no longer shown, with nobody asking for a look."""
+    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.1)
+    file = write(tmp_path, FAST + SOON + KEEP)
+    async with (
+        fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        flip(peer, 64)
+        await until(lambda: shown(host) == 64 * PAGE)
+        await host.set_budget("db", 8 * PAGE)
+        await until(lambda: shown(host) == held(peer) == 8 * PAGE)
+        await host.set_policy("db", "eager", {})
+        await until(lambda: shown(host) == held(peer) == 0)
+
+
+async def test_a_guest_that_resets_leaves_no_ghosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU closes its backings and makes new ones: what is shown does not add up over boots."""
+    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.05)
+    monkeypatch.setattr("qmp_upm.serving.HOLDING_SECONDS", 0.1)
+    file = write(tmp_path, FAST + SOON + KEEP)
+    async with (
+        fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        ledger, region = peer.plugin.ledger, 1
+        for _ in range(4):
+            peer.plugin.convert(region, 0, 16 * PAGE, to_private=True)
+            await until(lambda: shown(host) == held(peer) == 16 * PAGE)
+            ledger.close_region(region)
+            region = ledger.open_region("ram", 64 * MIB)
+            await until(lambda: shown(host) == 0)  # the guest is quiet: nothing tells of it
+        assert peer.connections == 1
+
+
+async def test_a_region_that_goes_while_the_ledger_is_read(tmp_path: Path) -> None:
+    """Between the list of regions and the reading of one, which is then read again."""
+    peer = fake_vm(name="db")
+    peer.plugin.ledger.open_region("more", MIB)
+    ask = peer.plugin.__call__
+
+    def handle(command: str, arguments: dict[str, object]) -> object:
+        if command == "x-upm-stale" and 2 in peer.plugin.ledger.regions:
+            peer.plugin.ledger.close_region(2)
+        return ask(command, arguments) if command.startswith("x-") else known(command, arguments)
+
+    known, peer.handler = peer.handler, handle
+    file = write(tmp_path, FAST + SOON + KEEP)
+    async with peer.listening(tmp_path / "vms" / "a.monitor"), hosting(file) as host:
+        await until(lambda: states(host) == {"db": "attached"})
+        assert peer.connections == 1
+
+
+async def test_discards_that_fail_are_made_when_they_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be given back is shown, and is given back by age once the disk is well."""
+    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.1)
+    file = write(tmp_path, FAST + SOON + 'policy = { name = "lazy", max_age = "0.1 s" }\n')
+    async with (
+        fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        peer.plugin.ledger.failing = "Input/output error"
+        flip(peer, 64)
+        await until(lambda: host.vm("db").stats.failed_discards > 2)
+        await until(lambda: shown(host) == held(peer) == 64 * PAGE)
+        peer.plugin.ledger.failing = None
+        await until(lambda: shown(host) == held(peer) == 0)
+        assert host.vm("db").stats.failed_discards < 20
+
+
+@pytest.mark.parametrize("policy", ['"lazy", max_age = "0.2 s"', '"batched", max_delay = "0.2 s"'])
+async def test_a_flush_of_one_copy_leaves_a_plan_for_the_other(tmp_path: Path, policy: str) -> None:
+    """Its flush reads the conversion before the doorbell rings; the guest is quiet from then on."""
+    file = write(tmp_path, FAST + SOON + f"policy = {{ name = {policy} }}\n")
+    async with (
+        fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        for page in range(8):
+            peer.plugin.convert(1, page * PAGE, PAGE, to_private=True)
+            await host.flush("db", Copy.PRIVATE)
+            await until(lambda: held(peer) == 0)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> PressureFiles:
+    """A host without pressure."""
+    (tmp_path / "proc" / "pressure").mkdir(parents=True)
+    return PressureFiles(tmp_path / "proc", tmp_path / "cgroup")
+
+
+@pytest.mark.parametrize("policy", ['"lazy"', '"adaptive"'])
+async def test_pressure_ends(tmp_path: Path, files: PressureFiles, policy: str) -> None:
+    """Up: all is given back and nothing kept. Down: copies are kept as before."""
+    some = files.proc / "pressure" / "memory"
+
+    async def guest_works(until_it_is: bool) -> None:
+        async with asyncio.timeout(20):
+            at = 0
+            while any(peer.plugin.ledger.deferring.values()) is not until_it_is:
+                at = (at + 1) % 1000
+                flip(peer, 1, 2 * at)
+                await asyncio.sleep(0.002)
+
+    file = write(tmp_path, FAST + SOON + f"policy = {{ name = {policy} }}\n")
+    async with (
+        fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file, files) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        for _ in range(2):
+            some.write_text("some avg10=0.00 avg60=0.00 total=1\n")
+            await guest_works(until_it_is=True)
+            some.write_text("some avg10=50.00 avg60=0.00 total=1\n")
+            await guest_works(until_it_is=False)
+            await until(lambda: held(peer) == 0)
+        some.write_text("some avg10=0.00 avg60=0.00 total=1\n")
+        await guest_works(until_it_is=True)
+
+
+async def test_a_vm_that_is_gone_holds_nothing_after_its_lease(tmp_path: Path) -> None:
+    """It is shown with what it held while the plugin may keep that, and with nothing then."""
+    text = f'{FAST}[vms.db]\nsocket = "{tmp_path}/db"\nnotify = "1 ms"\nlease = "0.5 s"\n{KEEP}'
+    async with hosting(write(tmp_path, text)) as host:
+        async with fake_vm(name="db").listening(tmp_path / "db") as peer:
+            await until(lambda: states(host) == {"db": "attached"})
+            flip(peer, 8)
+            await until(lambda: shown(host) == 8 * PAGE)
+        await until(lambda: states(host) == {"db": "backoff"})
+        assert shown(host) == 8 * PAGE
+        await until(lambda: shown(host) == 0)
