@@ -7,8 +7,9 @@ posted to that task, and the answer awaited for a bounded time.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import structlog
 
@@ -92,7 +93,7 @@ class Host:
         )
         self._discovery = Discovery()
         self._looked = False
-        self._reloading = asyncio.Lock()
+        self._reloading, self._looking = asyncio.Lock(), asyncio.Lock()
 
     @property
     def sessions(self) -> Iterable[Session]:
@@ -221,29 +222,48 @@ class Host:
 
     async def _discover(self) -> None:
         while True:
-            statics = self.config.static.values()
-            changes = self._discovery.look(self.config.discovery, statics)
+            await self._look()
+            self._looked = True
+            await asyncio.sleep(self.config.host.discovery_interval)
+
+    async def _look(self, before: Mapping[str, str] | None = None) -> None:
+        """Serve the VMs that tables and globs name now, and leave others.
+
+        After a reload: ``before`` are the sockets that the tables had, by name.
+        """
+        async with self._looking:
+            static = {socket: name for name, socket in self.config.static.items()}
+            changes = self._discovery.look(self.config.discovery, static)
             if changes.full and changes.came:
                 log.error(
                     "too-many-monitors",
                     most=MONITORS_MOST,
                     hint="make the globs of 'discovery' find monitors only; the rest is not served",
                 )
-            by_socket = {session.socket: session for session in self.roster.sessions()}
-            for socket in changes.came:
-                if socket not in by_socket:
-                    self.roster.add(socket)
-            gone = [
-                by_socket[socket]
-                for socket in by_socket.keys() - self._discovery.found
-                if socket not in statics and by_socket[socket].state is not State.ATTACHED
-            ]
-            await self.roster.remove(*gone)
-            for socket in changes.renewed:
-                if socket in by_socket and by_socket[socket] not in gone:
-                    by_socket[socket].hurry()
-            self._looked = True
-            await asyncio.sleep(self.config.host.discovery_interval)
+            await self.roster.remove(
+                *(
+                    session
+                    for session in self.roster.sessions()
+                    if self._is_gone(session, static)
+                    or (before is not None and _is_misnamed(session, static, before))
+                )
+            )
+            served = {session.socket: session for session in self.roster.sessions()}
+            for socket in (*static, *sorted(self._discovery.found - static.keys())):
+                if socket not in served:
+                    self.roster.add(socket, static.get(socket))
+            for socket in served.keys() & set(changes.renewed):
+                served[socket].hurry()
+
+    def _is_gone(self, session: Session, static: Container[str]) -> bool:
+        """Whether nothing names its socket, and it is not served any longer.
+
+        A socket may be removed under a connection that goes on.
+        """
+        if session.socket in static or session.socket in self._discovery.found:
+            return False
+        named = any(fnmatchcase(session.socket, glob) for glob in self.config.discovery)
+        return session.state is not State.ATTACHED or not named
 
     def _load(self) -> Config:
         if self.config.origins.main is None:
@@ -252,21 +272,13 @@ class Host:
         for key in ("telemetry", "control", "metrics"):
             if getattr(config, key) != getattr(self.config, key):
                 log.warning("not-reloaded", table=key, hint="restart the daemon for this table")
+                config = config.model_copy(update={key: getattr(self.config, key)})
         return config
 
     async def _take(self, config: Config) -> None:
         """Make it so: VMs that it no longer names are left, new ones come, others are changed."""
         before, self.config = self.config.static, config
-        await self.roster.remove(
-            *(
-                self.roster[name]
-                for name, socket in before.items()
-                if config.static.get(name) != socket
-            )
-        )
-        for name, socket in config.static.items():
-            if name not in self.roster.by_name:
-                self.roster.add(socket, name)
+        await self._look(before)
         answers = [
             session.ask(Apply(config.settings_of(session.name)))
             for session in self.roster.sessions()
@@ -274,3 +286,17 @@ class Host:
         if answers:
             await asyncio.wait(answers, timeout=APPLY_SECONDS)
         self._balancer.want()
+
+
+def _is_misnamed(session: Session, static: Mapping[str, str], before: Mapping[str, str]) -> bool:
+    """Whether it is to be called otherwise after a reload: it is left, and met again.
+
+    ``static``: the tables' names by socket now; ``before``: sockets by name until now.
+    """
+    name = session.name
+    if session.socket in static:
+        return name != static[session.socket]
+    if name in static.values():
+        return True
+    by_table = before.get(name) == session.socket
+    return by_table and session.identity.wanted_name(session.socket) != name

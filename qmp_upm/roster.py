@@ -68,7 +68,7 @@ class Roster:
         session = Session(
             socket,
             self._admission(name),
-            self._admit if name not in self._config().static else self._admit_static,
+            self._admit,
             lambda event, data: self._tell(session, event, data),
             self._clock,
             read_credentials=self._read_credentials,
@@ -96,6 +96,7 @@ class Roster:
             if late:
                 log.error("not-left-in-time", vms=len(late), hint="their leases run out by itself")
         for session in sessions:
+            session.guest.batches.close()
             self._remember(session.name, session.guest.totals)
             self._publish(HostEvent(HostEventName.VM_REMOVED, session.name))
 
@@ -107,23 +108,21 @@ class Roster:
         settings = self._config().settings_of(name)
         return Admission(name, settings, self._telemetry.of(name), totals)
 
-    def _admit_static(self, session: Session, _identity: Identity) -> Admission:
-        """The configuration names it; what QEMU says is only shown."""
-        self._claim(session)
-        guest = session.guest
-        settings = self._config().settings_of(guest.name)
-        return Admission(guest.name, settings, guest.telemetry, guest.totals)
-
     def _admit(self, session: Session, identity: Identity) -> Admission:
-        """It gets the name that it wants if nobody else has it, and the configuration of that."""
+        """The configuration's name for its socket, else the one that it wants if nobody has it.
+
+        With it comes what the configuration says now. OtherMonitorError if its process is served
+        already.
+        """
         self._claim(session)
-        was = session.name
+        was, guest = session.name, session.guest
         del self.by_name[was]
-        name = self._free_name(identity.wanted_name(session.socket), session.socket)
+        name = self._own_name(session.socket, identity)
         self.by_name[name] = session
         if name == was:
-            return self._admit_static(session, identity)
-        self._remember(was, session.guest.totals)
+            settings = self._config().settings_of(name)
+            return Admission(name, settings, guest.telemetry, guest.totals)
+        self._remember(was, guest.totals)
         self._publish(HostEvent(HostEventName.VM_REMOVED, was, {"renamed": name}))
         self._publish(HostEvent(HostEventName.VM_ADDED, name, {"socket": session.socket}))
         return self._admission(name)
@@ -133,16 +132,19 @@ class Roster:
         if session.peer.process <= 0:
             return
         for other in self.by_name.values():
-            if (
-                other is not session
-                and other.served == session.peer
-                and other.nobody_since_ns is None
-            ):
+            alive = other is not session and other.nobody_since_ns is None
+            if alive and other.served == session.peer:
                 raise OtherMonitorError(
                     f"this QEMU, process {session.peer.process}, is served as {other.name} at "
                     f"{other.socket}",
                     hint="give a QEMU one monitor for qmp-upm",
                 )
+
+    def _own_name(self, socket: str, identity: Identity) -> str:
+        for name, static in self._config().static.items():
+            if static == socket and name not in self.by_name:
+                return name
+        return self._free_name(identity.wanted_name(socket), socket)
 
     def _free_name(self, wanted: str, socket: str) -> str:
         """Names of the configuration's own VMs are not given to others."""

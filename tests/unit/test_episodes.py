@@ -9,11 +9,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from qmp_upm.errors import UnavailableError
 from qmp_upm.host import Host
 from qmp_upm.pressure import PressureFiles
 from qmp_upm.protocol import Copy
-from qmp_upm.testing import FakeVm
+from qmp_upm.testing import Delay, FakeVm
+from qmp_upm.vm import Session
 from tests.unit.hosts import FAST, KEEP, hosting, states, write
 from tests.unit.sessions import MIB, PAGE, fake_vm, until
 
@@ -178,3 +181,142 @@ async def test_a_vm_that_is_gone_holds_nothing_after_its_lease(tmp_path: Path) -
         await until(lambda: states(host) == {"db": "backoff"})
         assert shown(host) == 8 * PAGE
         await until(lambda: shown(host) == 0)
+
+
+async def test_a_slow_vm_gives_up_its_part_when_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer for each answer than others wait for it, and yet a new VM gets a part."""
+    monkeypatch.setattr("qmp_upm.budget.ASK_SECONDS", 0.1)
+    file = write(tmp_path, f'{FAST}budget = "8 MiB"\n{SOON}{KEEP}')
+    slow = fake_vm(lambda what: Delay(0.4) if what == "x-upm-configure" else None, name="slow")
+    new = fake_vm(name="new")
+
+    def parts() -> tuple[int, int]:
+        found = slow.plugin.ledger.budget, new.plugin.ledger.budget
+        assert sum(found) <= 8 * MIB
+        return found
+
+    async with slow.listening(tmp_path / "vms" / "slow.monitor"), hosting(file) as host:
+        await until(lambda: parts() == (8 * MIB, 0))
+        async with new.listening(tmp_path / "vms" / "new.monitor"):
+            await until(lambda: parts() == (4 * MIB, 4 * MIB))
+            await until(lambda: {v.budget_bytes for v in host.vms()} == {4 * MIB})
+
+
+async def test_who_asks_a_vm_that_is_left_is_answered(tmp_path: Path) -> None:
+    """A command that waits while its VM is taken out of the configuration gets an error, no end."""
+    file = write(tmp_path, f'{FAST}[vms.db]\nsocket = "{tmp_path}/db"\n')
+    held_up = asyncio.Event()
+
+    async def slow(_session: Session) -> None:
+        held_up.set()
+        await asyncio.sleep(3600)
+
+    async with hosting(file) as host:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Session, "_attempt", slow)
+            write(tmp_path, f'{FAST}[vms.db]\nsocket = "{tmp_path}/other"\n')
+            await host.reload()
+            await held_up.wait()
+            asked = asyncio.create_task(host.set_budget("db", MIB))
+            await asyncio.sleep(0)
+            write(tmp_path, FAST)
+            await host.reload()
+            with pytest.raises(UnavailableError, match="db is left"):
+                await asked
+        assert states(host) == {}
+
+
+async def test_a_table_comes_and_goes_over_a_vm_that_a_glob_finds(tmp_path: Path) -> None:
+    """The VM is served all the while: by the table's name with its settings, and by its own."""
+    socket = tmp_path / "vms" / "a.monitor"
+    table = f'[vms.db]\nsocket = "{socket}"\nbudget = "7 MiB"\n'
+    file = write(tmp_path, FAST)
+    async with fake_vm(name="web").listening(socket) as peer, hosting(file) as host:
+        for _ in range(2):
+            await until(lambda: states(host) == {"web": "attached"})
+            assert peer.plugin.ledger.budget == 256 * MIB
+            write(tmp_path, FAST + table)
+            await host.reload()
+            await until(lambda: states(host) == {"db": "attached"})
+            assert peer.plugin.ledger.budget == 7 * MIB
+            await peer.hang_up()
+            await until(lambda: peer.connections % 3 == 0)
+            await until(lambda: states(host) == {"db": "attached"})
+            assert peer.plugin.ledger.budget == 7 * MIB
+            write(tmp_path, FAST)
+            await host.reload()
+
+
+async def test_a_table_takes_its_name_from_a_vm_that_was_found(tmp_path: Path) -> None:
+    """The other gets another name at once, keeps it when it is back, and nobody is lost."""
+    found = tmp_path / "vms" / "x.monitor"
+    table = f'[vms.db]\nsocket = "{tmp_path}/db"\n'
+    file = write(tmp_path, FAST)
+    async with (
+        fake_vm(name="db").listening(found) as peer,
+        fake_vm(name="anything").listening(tmp_path / "db"),
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        write(tmp_path, FAST + table)
+        await host.reload()
+        both = {"db": "attached", "db-x": "attached"}
+        await until(lambda: states(host) == both)
+        assert host.vm("db").socket == f"{tmp_path}/db"
+        await peer.hang_up()
+        await until(lambda: peer.connections > 2)
+        await until(lambda: states(host) == both)
+        write(tmp_path, FAST + '[defaults]\nbudget = "1 MiB"\n')
+        await host.reload()
+        assert host.reload_state.successful
+        await until(lambda: list(states(host).values()) == ["attached"])
+        await until(lambda: peer.plugin.ledger.budget == MIB)
+
+
+async def test_a_vm_that_a_table_named_as_it_is_called_is_not_left(tmp_path: Path) -> None:
+    """Table or glob, the name and the socket are the same: it stays attached through reloads."""
+    socket = tmp_path / "vms" / "a.monitor"
+    file = write(tmp_path, FAST)
+    async with fake_vm(name="db").listening(socket) as peer, hosting(file) as host:
+        await until(lambda: states(host) == {"db": "attached"})
+        for text in (f'{FAST}[vms.db]\nsocket = "{socket}"\nbudget = "7 MiB"\n', FAST):
+            write(tmp_path, text)
+            await host.reload()
+            assert states(host) == {"db": "attached"}
+            assert host.vm("db").budget_bytes == (7 if "7" in text else 256) * MIB
+        await asyncio.sleep(0.05)
+        assert (states(host), peer.connections) == ({"db": "attached"}, 1)
+
+
+async def test_what_a_reload_can_not_change_is_not_shown(tmp_path: Path) -> None:
+    """The daemon has no other socket or directory than before, whatever the file says now."""
+    async with hosting(write(tmp_path, FAST)) as host:
+        write(tmp_path, FAST + '[metrics]\nlisten = "127.0.0.1:1"\n')
+        before = host.config.metrics
+        for _ in range(2):
+            with capture_logs() as logs:
+                await host.reload()
+            assert [log["table"] for log in logs if log["event"] == "not-reloaded"] == ["metrics"]
+            assert host.config.metrics == before
+
+
+async def test_a_recording_ends_with_its_vm(tmp_path: Path) -> None:
+    """Gone for good, or another one on the same socket: what was recorded is whole, and no more."""
+    file = write(tmp_path, f'{FAST}{SOON}{KEEP}[vms.on]\nsocket = "{tmp_path}/on"\n')
+    names = {"a": "vms/a.monitor", "on": "on"}
+    async with hosting(file) as host:
+        for boot, (name, path) in enumerate(names.items()):
+            async with fake_vm(name="a").listening(tmp_path / path) as peer:
+                await until(lambda name=name: states(host).get(name) == "attached")
+                recorded = host.record(name)
+                flip(peer, 3)
+                await until(lambda name=name: host.vm(name).stats.followed_conversions == 3)
+            if boot:
+                uuid = "00000001-0000-4000-8000-000000000000"
+                async with fake_vm(uuid=uuid).listening(tmp_path / path):
+                    await until(lambda wanted=uuid: host.vm("on").uuid == wanted)
+            async with asyncio.timeout(20):
+                blocks = [block async for block in recorded]
+            assert sum(len(block.records) for block in blocks) == 3
