@@ -70,7 +70,8 @@ def _read_prices(value: object) -> object:
 class AdaptiveParameters(LimitParameters):
     """``prices``: a file that ``qmp-upm calibrate`` has written, or a table like the one in it.
 
-    Without it, discards cost what the VM's own are measured to take. ``max_age`` is longer than elsewhere: what is held has a reason.
+    Without it, discards cost what the VM's own are measured to take. ``max_age`` is longer than
+    elsewhere: what is held has a reason.
     """
 
     prices: Annotated[Prices, BeforeValidator(_read_prices)] = DEFAULT_PRICES

@@ -7,6 +7,7 @@ and a VM that is idle keeps its part: what others do does not change it.
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -62,10 +63,12 @@ class Balancer:
         sessions: Callable[[], Iterable[Session]],
         total_bytes: Callable[[], int | None],
         clock: Clock,
+        default: Callable[[], Claim],
     ) -> None:
         self._sessions = sessions
         self._total_bytes = total_bytes
         self._clock = clock
+        self._default = default
         self._wanted = asyncio.Event()
         self._late: dict[Session, int] = {}
         self._asked: dict[Session, _Asked] = {}
@@ -98,7 +101,8 @@ class Balancer:
         lost_bytes = sum(self._hold(s) for s in sessions if s not in attached)
         self._late = {s: held for s, held in self._late.items() if s in attached}
         while True:
-            parts = _divide(total_bytes - lost_bytes - sum(self._late.values()), attached)
+            left_bytes = total_bytes - lost_bytes - sum(self._late.values())
+            parts = _divide(left_bytes, attached, self._default())
             may = {s: self._may_hold(s) for s in parts}
             less = {s: part for s, part in parts.items() if part < may[s] or s in self._late}
             before = {s: self._late.get(s, may[s]) for s in less}
@@ -167,8 +171,15 @@ def _answer(done: asyncio.Future[int]) -> int | None:
     return None if done.cancelled() or done.exception() is not None else done.result()
 
 
-def _divide(total_bytes: int, sessions: Iterable[Session]) -> dict[Session, int]:
-    return divide(
-        total_bytes,
-        {s: Claim(s.guest.settings.weight, s.guest.own_budget_bytes) for s in sessions},
-    )
+def _divide(total_bytes: int, sessions: Iterable[Session], default: Claim) -> dict[Session, int]:
+    """Parts by weight. Those of one user without a process to tell them apart have one, together.
+
+    Otherwise a QEMU in a container could open sockets until all others' parts are nothing.
+    """
+    claims = {s: Claim(s.guest.settings.weight, s.guest.own_budget_bytes) for s in sessions}
+    nobody: dict[int, dict[Session, Claim]] = defaultdict(dict)
+    for session in [s for s in claims if s.served.process <= 0]:
+        nobody[session.served.user][session] = claims.pop(session)
+    parts = divide(total_bytes, {**claims, **dict.fromkeys(nobody, default)})
+    shared = {user: divide(parts.pop(user), own) for user, own in nobody.items()}
+    return parts | {s: part for own in shared.values() for s, part in own.items()}

@@ -11,6 +11,7 @@ from qmp_upm.config import PolicyTable, VmSettings
 from qmp_upm.contained import ContainedPolicy
 from qmp_upm.events import HostEventName, Publisher
 from qmp_upm.ledger import Ledger
+from qmp_upm.limits import KNOWN_BYTES_MOST
 from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Decision, Measured, Pressure
 from qmp_upm.protocol import Copy, Query
@@ -23,6 +24,11 @@ from qmp_upm.units import NSEC
 
 TELL_SECONDS = 1.0
 """The least time between two events of one kind: a VM can't crowd out what others have to tell."""
+
+WARN_SECONDS = 60.0
+"""The same for lines of the log."""
+WEIGH_EVERY = 1 << 16
+"""Records after which the memory for a guest's pages is looked at."""
 
 Tell = Callable[[HostEventName, Mapping[str, object]], None]
 
@@ -60,11 +66,12 @@ class Guest:
         self.ledger = Ledger(self.budget_bytes)
         self.remarks: Sequence[Remark] = ()
         self._touched = PageSet()
+        self._unweighed = 0
         self._regions: set[int] = set()
         self._unseen = dict.fromkeys(Copy, 0)
         self._followed_ns = 0
         self._tell = tell
-        self._told_ns: dict[HostEventName, int] = {}
+        self._told_ns: dict[str, int] = {}
         self._said_fallback: str | None = None
         self.set_budget()
 
@@ -78,6 +85,12 @@ class Guest:
         """What it may hold now."""
         own = self.own_budget_bytes
         return own if self.share is None else min(own, self.share)
+
+    def restarted(self) -> None:
+        """Another QEMU is there: its guest has converted nothing yet."""
+        self.totals.restarted()
+        self.forget()
+        self.batches.close()  # a trace is of one guest
 
     def set_budget(self) -> None:
         """Have the ledger and the counters know of a changed budget."""
@@ -125,10 +138,21 @@ class Guest:
 
     def tell_rarely(self, event: HostEventName, **data: object) -> None:
         """The same for what the VM itself can cause as often as it likes."""
-        now_ns = self.clock.monotonic_ns()
-        if now_ns >= self._told_ns.get(event, -NSEC) + TELL_SECONDS * NSEC:
-            self._told_ns[event] = now_ns
+        if self._is_rare(event, TELL_SECONDS):
             self._tell(event, data)
+
+    def warn_rarely(self, event: str, hint: str) -> None:
+        """A line of the log that the VM itself can cause as often as it likes."""
+        if self._is_rare(event, WARN_SECONDS):
+            self.log.warning(event, hint=hint)
+
+    def _is_rare(self, what: str, seconds: float) -> bool:
+        now_ns = self.clock.monotonic_ns()
+        told_ns = self._told_ns.get(what)
+        if told_ns is not None and now_ns < told_ns + seconds * NSEC:
+            return False
+        self._told_ns[what] = now_ns
+        return True
 
     def follow(self, batch: Batch, cursor: int) -> None:
         """Conversions that the guest has made: into the ledger, the counters and the telemetry."""
@@ -145,6 +169,7 @@ class Guest:
         self.stats.followed_conversions += conversions
         self.stats.dropped_records += batch.dropped
         self.count_stale()
+        self._unweighed += len(batch)
         self.telemetry.line(
             "batch",
             cursor=cursor,
@@ -157,6 +182,19 @@ class Guest:
             dropped=batch.dropped,
             stale_bytes=self.ledger.stale_bytes,
         )
+
+    def overgrown(self) -> bool:
+        """Whether what is known of the guest takes too much memory; then it is forgotten.
+
+        The ledger is to be read again. Flips are counted anew.
+        """
+        if self._unweighed < WEIGH_EVERY:
+            return False
+        self._unweighed = 0
+        if self._touched.memory_bytes <= KNOWN_BYTES_MOST:
+            return False
+        self._touched = PageSet()
+        return True
 
     def resynchronise(self, stale: dict[Copy, PageSet], query: Query) -> None:
         """Begin again with the plugin's own ledger, and have the policy plan with it."""

@@ -14,10 +14,11 @@ from fnmatch import fnmatchcase
 import structlog
 
 from qmp_upm.asks import Apply, Ask, Flush, SetBudget, SetPolicy
-from qmp_upm.budget import Balancer
+from qmp_upm.budget import Balancer, Claim
 from qmp_upm.clock import Clock
 from qmp_upm.config import Config, PolicyTable
 from qmp_upm.configfile import load_config
+from qmp_upm.credentials import ReadCredentials, read_credentials
 from qmp_upm.discovery import MONITORS_MOST, Discovery
 from qmp_upm.errors import ConfigError, UnavailableError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
@@ -60,7 +61,11 @@ class Host:
     """The daemon's API. Names are those of `vms`; an unknown one raises UnknownVmError."""
 
     def __init__(
-        self, config: Config, clock: Clock | None = None, files: PressureFiles | None = None
+        self,
+        config: Config,
+        clock: Clock | None = None,
+        files: PressureFiles | None = None,
+        read_credentials: ReadCredentials = read_credentials,
     ) -> None:
         self._clock = clock or Clock()
         self._files = files or PressureFiles()
@@ -73,10 +78,18 @@ class Host:
             CappedDirectory(where.directory, where.file_size, where.total_size), self.supervisor
         )
         self.roster = Roster(
-            lambda: self.config, self.telemetry, self._publish, self._clock, self.supervisor
+            lambda: self.config,
+            self.telemetry,
+            self._publish,
+            self._clock,
+            supervisor=self.supervisor,
+            read_credentials=read_credentials,
         )
         self._balancer = Balancer(
-            self.roster.sessions, lambda: self.config.host.budget, self._clock
+            self.roster.sessions,
+            lambda: self.config.host.budget,
+            self._clock,
+            lambda: Claim(self.config.defaults.weight, self.config.defaults.budget),
         )
         self._discovery = Discovery()
         self._looked = False

@@ -187,6 +187,12 @@ VM_FAMILIES = (
     ),
     Family(
         "counter",
+        "unlisted_records",
+        "Records of conversions in memory that QEMU does not list, which were left out.",
+        lambda vm: vm.stats.unlisted_records,
+    ),
+    Family(
+        "counter",
         "resyncs",
         "Times that the plugin's whole ledger was read.",
         lambda vm: vm.stats.resyncs,

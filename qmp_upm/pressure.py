@@ -87,7 +87,7 @@ def _tell(session: Session, host: Pressure, files: PressureFiles) -> None:
         return
     if _is_calm(told) and not any(session.guest.stats.stale_bytes.values()):
         return
-    now = files.of_vm(host, session.peer_pid) if session.peer_pid > 0 else host
+    now = files.of_vm(host, session.peer.process) if session.peer.process > 0 else host
     if _differs(told, now) or (_is_calm(now) and not _is_calm(told)):
         session.feel(now)
 

@@ -9,7 +9,8 @@ import structlog
 
 from qmp_upm.clock import Clock
 from qmp_upm.config import Config
-from qmp_upm.errors import UnknownVmError
+from qmp_upm.credentials import ReadCredentials, read_credentials
+from qmp_upm.errors import OtherMonitorError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName
 from qmp_upm.guest import Admission
 from qmp_upm.identity import Identity, unique
@@ -35,7 +36,9 @@ class Roster:
         telemetry: TelemetryWriter,
         publish: Callable[[HostEvent], None],
         clock: Clock,
+        *,
         supervisor: Supervisor,
+        read_credentials: ReadCredentials = read_credentials,
     ) -> None:
         self.by_name: dict[str, Session] = {}
         self._config = config
@@ -43,6 +46,7 @@ class Roster:
         self._publish = publish
         self._clock = clock
         self._supervisor = supervisor
+        self._read_credentials = read_credentials
         self._tasks: dict[Session, asyncio.Task[None]] = {}
         self._totals: OrderedDict[str, PluginTotals] = OrderedDict()
 
@@ -67,6 +71,7 @@ class Roster:
             self._admit,
             lambda event, data: self._tell(session, event, data),
             self._clock,
+            read_credentials=self._read_credentials,
         )
         if self._config().host.budget is not None:
             session.guest.share = 0
@@ -106,8 +111,10 @@ class Roster:
     def _admit(self, session: Session, identity: Identity) -> Admission:
         """The configuration's name for its socket, else the one that it wants if nobody has it.
 
-        With it comes what the configuration says now.
+        With it comes what the configuration says now. OtherMonitorError if its process is served
+        already.
         """
+        self._claim(session)
         was, guest = session.name, session.guest
         del self.by_name[was]
         name = self._own_name(session.socket, identity)
@@ -119,6 +126,19 @@ class Roster:
         self._publish(HostEvent(HostEventName.VM_REMOVED, was, {"renamed": name}))
         self._publish(HostEvent(HostEventName.VM_ADDED, name, {"socket": session.socket}))
         return self._admission(name)
+
+    def _claim(self, session: Session) -> None:
+        """A process is served at one of its monitors: more would be more parts of the budget."""
+        if session.peer.process <= 0:
+            return
+        for other in self.by_name.values():
+            alive = other is not session and other.nobody_since_ns is None
+            if alive and other.served == session.peer:
+                raise OtherMonitorError(
+                    f"this QEMU, process {session.peer.process}, is served as {other.name} at "
+                    f"{other.socket}",
+                    hint="give a QEMU one monitor for qmp-upm",
+                )
 
     def _own_name(self, socket: str, identity: Identity) -> str:
         for name, static in self._config().static.items():

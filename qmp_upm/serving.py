@@ -21,6 +21,7 @@ from qmp_upm.errors import (
 from qmp_upm.events import HostEventName
 from qmp_upm.exits import PluginExits
 from qmp_upm.guest import Guest
+from qmp_upm.limits import RECOVER_SECONDS
 from qmp_upm.pages import PAGE_BYTES, PageSet
 from qmp_upm.policy import Batch, Discard
 from qmp_upm.protocol import (
@@ -101,6 +102,8 @@ class Serving:
         self._turn_ns = guest.clock.monotonic_ns()
         self._renew_ns = self._next_renewal_ns()
         self._refresh_ns: int | None = None
+        self._expired = False
+        self._recover_ns = 0
         self._refresh_soon = False
         self._doubt = False
         self._failures = 0
@@ -199,7 +202,8 @@ class Serving:
     def _wait_seconds(self) -> float:
         if not self._exits.drained:
             return 0.0
-        dues = (self._renew_ns, self._refresh_ns, self._guest.policy.wake_at_ns)
+        recover_ns = self._recover_ns if self._expired else None
+        dues = (self._renew_ns, self._refresh_ns, self._guest.policy.wake_at_ns, recover_ns)
         due = min(ns for ns in dues if ns is not None)
         return max((due - self._guest.clock.monotonic_ns()) / NSEC, TURN_SECONDS)
 
@@ -228,7 +232,8 @@ class Serving:
         stale = self._monitor.take_dropped_events() > 0
         for event in events:
             self._on_event(event)
-        if any(event.event == "X_UPM_LEASE_EXPIRED" for event in events):
+        self._expired |= any(event.event == "X_UPM_LEASE_EXPIRED" for event in events)
+        if self._expired and self._guest.clock.monotonic_ns() >= self._recover_ns:
             await self._on_lease_expired()
             stale = True
         batch = Batch()
@@ -236,7 +241,7 @@ class Serving:
             batch = await self._exits.read()
             self._renew_ns = self._next_renewal_ns()
             self._follow(batch)
-        if stale or batch.dropped:
+        if self._guest.overgrown() or stale or batch.dropped:
             await self._resynchronise()
         if self._wants_decision(batch):
             await self._decide(batch)
@@ -328,6 +333,8 @@ class Serving:
         self._refresh_ns = self._in(HOLDING_SECONDS) if holds else None
 
     def _follow(self, batch: Batch) -> None:
+        self._guest.stats.unlisted_records += self._exits.unlisted
+        self._exits.unlisted = 0
         if len(batch) or batch.dropped:
             self._want_refresh()
             self._guest.follow(batch, self._exits.cursor)
@@ -384,8 +391,10 @@ class Serving:
             )
 
     async def _on_lease_expired(self) -> None:
+        self._expired = False
+        self._recover_ns = self._guest.clock.monotonic_ns() + int(RECOVER_SECONDS * NSEC)
         self._guest.stats.lease_expiries += 1
-        self._guest.log.warning("lease-expired", hint="this daemon was too slow, or stopped")
+        self._guest.warn_rarely("lease-expired", "this daemon was too slow, or stopped")
         self._guest.tell_rarely(HostEventName.LEASE_EXPIRED)
         await self._configure(self._backend.deferred or frozenset(), self._backend.hold_bytes)
 

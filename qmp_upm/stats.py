@@ -104,6 +104,8 @@ class VmStats:
     failed_discards: int = 0
     """Requests that the plugin refused, or ended with an error."""
     dropped_records: int = 0
+    unlisted_records: int = 0
+    """Of regions that QEMU does not list: left out."""
     resyncs: int = 0
     lease_expiries: int = 0
     reconnects: int = 0

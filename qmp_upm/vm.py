@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 from qmp_upm.asks import Apply, Ask, Flush, SetBudget, SetPolicy, SetShare
 from qmp_upm.clock import Clock
+from qmp_upm.credentials import Credentials, ReadCredentials, read_credentials
 from qmp_upm.errors import (
+    ExcessError,
     LinkError,
     MessageError,
     PeerError,
-    PluginMissingError,
     QmpUpmError,
+    RefusedError,
     SilentError,
     TakenError,
     UnavailableError,
@@ -22,6 +24,7 @@ from qmp_upm.errors import (
 from qmp_upm.events import HostEventName
 from qmp_upm.guest import Admission, Guest, Tell
 from qmp_upm.identity import Identity, identify
+from qmp_upm.limits import PENALTY_SECONDS
 from qmp_upm.policy import Pressure
 from qmp_upm.protocol import Query
 from qmp_upm.qmp import Monitor
@@ -47,16 +50,29 @@ class Session:
     """
 
     def __init__(
-        self, socket: str, admission: Admission, admit: Admit, tell: Tell, clock: Clock
+        self,
+        socket: str,
+        admission: Admission,
+        admit: Admit,
+        tell: Tell,
+        clock: Clock,
+        *,
+        read_credentials: ReadCredentials = read_credentials,
     ) -> None:
         self.socket = socket
         self.state = State.CONNECTING
         self.guest = Guest(admission, tell, clock)
         self.identity = Identity()
-        self.peer_pid = 0
+        self.peer = Credentials(0, 0)
+        self.served = Credentials(0, 0)
+        """The process that is served here, and at no other monitor of its own."""
         self.held_until_ns = 0
         """When the plugin gives everything back by itself, at the latest; 0: nothing is held."""
         self._admit = admit
+        self._read_credentials = read_credentials
+        self._penalty = False
+        self.nobody_since_ns: int | None = None
+        """Since when nobody listens at the socket; None while somebody does."""
         self._clock = clock
         self._since = clock.wall()
         self._trouble: Trouble | None = None
@@ -135,6 +151,8 @@ class Session:
                 await self._attempt()
                 if self.state is State.REFUSED:
                     pause = REFUSED_SECONDS
+                elif self._penalty:
+                    pause = PENALTY_SECONDS
                 elif self._served_since(begun_ns):
                     pause = BACKOFF_FIRST
                 await self._pause(pause)
@@ -155,7 +173,7 @@ class Session:
         return self.held_until_ns > begun_ns and lasted_ns > BACKOFF_MOST * NSEC
 
     async def _attempt(self) -> None:
-        monitor = Monitor(self.socket)
+        monitor = Monitor(self.socket, self._read_credentials)
         trouble: PeerError | None = None
         try:
             await monitor.connect()
@@ -164,9 +182,14 @@ class Session:
             trouble = error
         finally:
             self._serving = None
+            if not monitor.nobody:
+                self.nobody_since_ns = None
+            elif self.nobody_since_ns is None:
+                self.nobody_since_ns = self._clock.monotonic_ns()
             broken = await monitor.close()
         if isinstance(broken, MessageError) and type(trouble) is LinkError:
             trouble = broken
+        self._penalty = isinstance(trouble, ExcessError)
         if trouble is not None:
             self._stumble(trouble)
 
@@ -187,15 +210,21 @@ class Session:
             self.held_until_ns = self._clock.monotonic_ns() + lease_ns
 
     def _meet(self, monitor: Monitor, identity: Identity) -> None:
-        """Learn who it is; another process or another name is another QEMU."""
-        if (identity, monitor.peer_pid) != (self.identity, self.peer_pid):
-            self.guest.totals.restarted()
-            self.guest.forget()
-            self.guest.batches.close()  # a trace is of one guest
+        """Learn who it is. A process keeps the name that it gave first; another is another QEMU.
+
+        Without a process to go by, another name is another QEMU.
+        """
+        same = monitor.peer == self.served and monitor.peer.process > 0
+        if same:
+            identity = self.identity
+        self.peer = monitor.peer
+        admission = self._admit(self, identity)
+        if not same and (identity, monitor.peer) != (self.identity, self.served):
+            self.guest.restarted()
             self._plugin = None
         self._qemu_version = monitor.qemu_version
-        self.identity, self.peer_pid = identity, monitor.peer_pid
-        self.guest.admit(self._admit(self, identity))
+        self.identity, self.served = identity, monitor.peer
+        self.guest.admit(admission)
 
     def _reserve_share(self) -> None:
         """Without a lease from before, the VM has no part of the host's budget until it is given.
@@ -231,12 +260,14 @@ class Session:
 
     def _stumble(self, error: PeerError) -> None:
         """Note what is wrong, and say it once: a VM may be off for weeks."""
-        state = {
-            PluginMissingError: State.REFUSED,
+        states: dict[type[PeerError], State] = {
             TakenError: State.BUSY,
             SilentError: State.SILENT,
             LinkError: State.BACKOFF,
-        }.get(type(error), State.FAULTY)
+        }
+        state = states.get(type(error), State.FAULTY)
+        if isinstance(error, RefusedError):
+            state = State.REFUSED
         if state is State.BUSY and self.state is State.SILENT:
             state = State.SILENT  # a stopped QEMU greets nobody either
         trouble = Trouble(error=error.message, hint=error.hint)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from qmp_upm.configfile import load_config
+from qmp_upm.credentials import ReadCredentials, read_credentials
 from qmp_upm.host import Host
 from qmp_upm.pressure import PressureFiles
 
@@ -28,9 +29,13 @@ FAST = "[host]\ndiscovery_interval = 0.01\npressure_interval = 0.01\n"
 
 
 @contextlib.asynccontextmanager
-async def hosting(file: Path, files: PressureFiles | None = None) -> AsyncIterator[Host]:
+async def hosting(
+    file: Path,
+    files: PressureFiles | None = None,
+    read_credentials: ReadCredentials = read_credentials,
+) -> AsyncIterator[Host]:
     """A host at work. What it leaves behind, `tests.conftest` sees."""
-    host = Host(load_config(file), files=files)
+    host = Host(load_config(file), files=files, read_credentials=read_credentials)
     host.start()
     task = asyncio.create_task(host.run())
     try:

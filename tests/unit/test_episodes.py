@@ -316,7 +316,7 @@ async def test_a_recording_ends_with_its_vm(tmp_path: Path) -> None:
             if boot:
                 uuid = "00000001-0000-4000-8000-000000000000"
                 async with fake_vm(uuid=uuid).listening(tmp_path / path):
-                    await until(lambda uuid=uuid: host.vm("on").uuid == uuid)
+                    await until(lambda wanted=uuid: host.vm("on").uuid == wanted)
             async with asyncio.timeout(20):
                 blocks = [block async for block in recorded]
             assert sum(len(block.records) for block in blocks) == 3

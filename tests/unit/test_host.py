@@ -269,7 +269,7 @@ async def test_pressure_reaches_the_policy(tmp_path: Path) -> None:
     ):
         await until(lambda: states(host) == {"web": "attached"})
         (session,) = host.sessions
-        own = proc / str(session.peer_pid)
+        own = proc / str(session.peer.process)
         own.mkdir()
         (own / "cgroup").write_text("1:name=systemd:/old\n0::/machine.slice/web/libvirt/emulator\n")
         group = cgroup / "machine.slice" / "web"

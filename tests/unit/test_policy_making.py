@@ -20,8 +20,8 @@ from qmp_upm.errors import ConfigError
 from qmp_upm.host import Host
 from qmp_upm.metrics import VM_FAMILIES
 from qmp_upm.policy import Batch, Decision, Parameters, Policy, find_policy
+from tests.unit.hosts import FAST, hosting, states, write
 from tests.unit.sessions import fake_vm, until
-from tests.unit.test_host import FAST, hosting, states, write
 
 PRICES = (
     "[prices]\nconversion = {}\ndiscard_call = 1e-6\ndiscard_page = 1e-6\nrefault_page = 1e-6\n"

@@ -16,8 +16,8 @@ from qmp_upm.discovery import Discovery
 from qmp_upm.pressure import PressureFiles
 from qmp_upm.supervision import Supervisor
 from qmp_upm.telemetry import TelemetryWriter
+from tests.unit.hosts import FAST, hosting, states, write
 from tests.unit.sessions import PAGE, fake_vm, until
-from tests.unit.test_host import FAST, hosting, states, write
 
 
 def failing(patch: pytest.MonkeyPatch, owner: type, name: str, times: int) -> list[str]:
