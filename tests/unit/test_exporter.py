@@ -110,6 +110,7 @@ async def test_only_so_many_at_once(server: Exporter) -> None:
     assert (await ask(server, GET)).endswith(b"hello\n")
 
 
+@pytest.mark.traceback
 async def test_a_page_that_fails_is_an_error() -> None:
     """The client is told, the log has why, and the next one is served."""
 
