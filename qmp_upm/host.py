@@ -19,7 +19,7 @@ from qmp_upm.clock import Clock
 from qmp_upm.config import Config, PolicyTable
 from qmp_upm.configfile import load_config
 from qmp_upm.credentials import ReadCredentials, read_credentials
-from qmp_upm.discovery import MONITORS_MOST, Discovery
+from qmp_upm.discovery import DESERTED_SECONDS, MONITORS_MOST, Discovery
 from qmp_upm.errors import ConfigError, UnavailableError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
 from qmp_upm.pressure import PressureFiles, watch_pressure
@@ -30,7 +30,9 @@ from qmp_upm.settings import Setting, configured
 from qmp_upm.stats import State, VmView
 from qmp_upm.supervision import Supervisor
 from qmp_upm.telemetry import TelemetryWriter
+from qmp_upm.threads import DaemonThreads
 from qmp_upm.trace import Block
+from qmp_upm.units import NSEC
 from qmp_upm.vm import Session
 
 __all__ = ["Host", "HostEvent", "HostEventName", "ReloadState", "Setting", "State", "Subscription"]
@@ -92,7 +94,7 @@ class Host:
             lambda: Claim(self.config.defaults.weight, self.config.defaults.budget),
         )
         self._discovery = Discovery()
-        self._looked = False
+        self._looked = self._full = False
         self._reloading, self._looking = asyncio.Lock(), asyncio.Lock()
 
     @property
@@ -233,8 +235,14 @@ class Host:
         """
         async with self._looking:
             static = {socket: name for name, socket in self.config.static.items()}
-            changes = self._discovery.look(self.config.discovery, static)
-            if changes.full and changes.came:
+            for session in self.roster.sessions():
+                if session.socket not in static and self._is_deserted(session):
+                    self._discovery.desert(session.socket)
+            changes = await asyncio.get_running_loop().run_in_executor(
+                DaemonThreads("discovery"), self._discovery.look, self.config.discovery, static
+            )
+            full, self._full = self._full, changes.full
+            if changes.full and not full:
                 log.error(
                     "too-many-monitors",
                     most=MONITORS_MOST,
@@ -254,6 +262,12 @@ class Host:
                     self.roster.add(socket, static.get(socket))
             for socket in served.keys() & set(changes.renewed):
                 served[socket].hurry()
+
+    def _is_deserted(self, session: Session) -> bool:
+        """Whether its QEMU has ended, and left its socket behind."""
+        since_ns = session.nobody_since_ns
+        waited_ns = int(DESERTED_SECONDS * NSEC)
+        return since_ns is not None and self._clock.monotonic_ns() - since_ns >= waited_ns
 
     def _is_gone(self, session: Session, static: Container[str]) -> bool:
         """Whether nothing names its socket, and it is not served any longer.

@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import socket
 from pathlib import Path
 
 import pytest
@@ -324,3 +325,22 @@ async def test_states_are_told(tmp_path: Path) -> None:
             events.close()
             told = [e.data["state"] async for e in events if e.name is HostEventName.VM_STATE]
     assert told == ["attached"]
+
+
+async def test_a_killed_qemus_socket_is_a_vm_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is left, and nobody listens; one that starts there again is served again."""
+    monkeypatch.setattr("qmp_upm.host.DESERTED_SECONDS", 0.3)
+    file, path = write(tmp_path, FAST), tmp_path / "vms" / "a.monitor"
+    async with hosting(file) as host:
+        async with fake_vm(name="a").listening(path):
+            await until(lambda: states(host) == {"a": "attached"})
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(path))
+        await until(lambda: list(states(host).values()) == ["backoff"])
+        await until(lambda: not states(host))
+        await asyncio.sleep(0.1)
+        assert not states(host)
+        async with fake_vm(name="a").listening(path):
+            await until(lambda: states(host) == {"a": "attached"})
