@@ -148,7 +148,10 @@ def memory() -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "memory"
         sources = [p for p in sorted(PLUGIN.glob("*.c")) if p.name != "qemu.c"]
-        sources += [PLUGIN / "tests/fake.c", Path(__file__).with_name("memory.c")]
+        sources += [
+            *sorted((PLUGIN / "tests").glob("fake*.c")),
+            Path(__file__).with_name("memory.c"),
+        ]
         subprocess.run(
             ["gcc", "-std=gnu11", "-O2", "-D_GNU_SOURCE", '-DUPM_VERSION="bench"']
             + [str(s) for s in sources]

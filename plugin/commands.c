@@ -136,7 +136,6 @@ static bool take_records(struct excerpt *e, uint64_t cursor, uint64_t most)
     oldest = ring_oldest();
     e->lost = cursor < oldest ? oldest - cursor : 0;
     cursor += e->lost;
-    e->lost += cursor < upm.gap;
     e->count = upm.head - cursor < most ? upm.head - cursor : most;
     for (uint64_t i = 0; i < e->count; i++) {
         e->records[i] = upm.ring[(cursor + i) % RING_RECORDS];

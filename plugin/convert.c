@@ -148,8 +148,8 @@ void convert_record(struct part *part)
         bool kept = ledger_next(op->region, op->copy, at, end, end - at, &first, &pages);
 
         if (kept && runs == RUNS_RECORDED) {
-            kept = false;
             ring_lose();
+            return;
         }
         if (!kept) {
             first = end;
@@ -342,14 +342,15 @@ static void take_range(uint64_t gpa, uint64_t end, enum copy live, bool guests)
     }
 }
 
-/* Takes pages away from earlier conversions of other threads. */
-static void take_over(const struct op *mine_op, uint64_t first, uint64_t pages)
+/* Takes pages away from earlier conversions of other threads. A registration is no conversion: it
+ * only takes the pages that it makes live again. */
+static void take_over(const struct op *mine_op, uint64_t first, uint64_t pages, bool guests)
 {
     for (struct op *op = upm.ops; op; op = op->next) {
         struct part *part = (struct part *)op;
         uint64_t from = op->first > first ? op->first : first, end;
 
-        if (op == mine_op || op->state != OP_EXPECT
+        if (op == mine_op || op->state != OP_EXPECT || (!guests && op->copy != mine_op->copy)
             || !op_overlaps(op, mine_op->region, first, pages)) {
             continue;
         }
@@ -396,7 +397,7 @@ static uint64_t settle_pages(struct part *part, uint64_t first, uint64_t pages, 
 {
     struct op *op = &part->op;
 
-    take_over(op, first, pages);
+    take_over(op, first, pages, guests);
     if (guests) {
         note_moved(part, first, pages);
     } else {
@@ -413,13 +414,16 @@ static void settle(struct part *part, bool guests)
     uint64_t end = op->first + op->pages, reused = 0, n;
 
     for (uint64_t at = op->first; at < end; at += n) {
+        uint64_t again;
+
         n = end - at < UPM_STRIDE_PAGES ? end - at : UPM_STRIDE_PAGES;
-        reused += settle_pages(part, at, n, guests);
+        again = settle_pages(part, at, n, guests);
+        upm.count.reused[live] += in_bytes(again);
+        reused += again;
         if (at + n < end) {
             upm_breathe();
         }
     }
-    upm.count.reused[live] += in_bytes(reused);
     op->copy = left;
     if (!guests) {
         if (reused) {

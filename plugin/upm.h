@@ -223,7 +223,7 @@ struct upm {
     uint64_t head;           /* sequence number of the next record */
     uint64_t sealed;         /* records below were read: nothing is merged into them */
     uint64_t dropped;        /* overwritten before anybody had read them, or never recorded */
-    uint64_t gap;            /* somewhere below, records are missing; 0: nowhere */
+    uint64_t gap;            /* records are missing just below; 0: there is no gap */
 
     struct request *requests[REQUESTS_MAX];
     unsigned first_request, nrequests;
@@ -286,6 +286,7 @@ void region_in_place(int private_fd);
 void region_unmap(const void *start, size_t bytes);
 bool region_has(const struct region *r, enum copy copy);
 void region_lose(struct region *r);
+void region_lose_at(const char *start, uint64_t bytes);
 struct region *region_by_private_fd(int fd);
 struct region *region_by_id(uint32_t id);
 void region_is_mapped(struct region *r, char *host, const struct backing_facts *f);

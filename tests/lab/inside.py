@@ -18,7 +18,7 @@ from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 from tests.lab.told import Told
 
 # At least, and for each conversion of several processors.
-GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.005
+GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.02
 # Everything is emulated: on a busy machine a Python program takes a minute to start.
 START_SECONDS = 240.0
 SETTLE_SECONDS = 60.0

@@ -24,9 +24,3 @@ def test_torture(harness: Harness, kind: str, sanitizers: str) -> None:
     assert result["requested_bytes"] > 0
     assert result["failsafe_bytes"] > 0
     assert result["inline_bytes"] > 0
-
-
-@pytest.mark.parametrize("case", ["commands", "regions", "worker"])
-def test_nothing_to_be_had(harness: Harness, case: str) -> None:
-    """Each allocation, file and thread of the plugin's fails once: an error or QEMU's own way."""
-    harness("faults", "address,undefined", case)
