@@ -96,6 +96,11 @@ class Pressure:
     cgroup_memory_bytes: int | None = None
     cgroup_limit_bytes: int | None = None
 
+    @property
+    def some_percent(self) -> float:
+        """The host's or the cgroup's, whichever is more."""
+        return max(self.host_some_percent, self.cgroup_some_percent)
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -198,6 +198,8 @@ class VmView(BaseModel):
     stale_bytes: Mapping[Copy, int]
     remarks: Sequence[Remark] = ()
     """What is not as it should be with the VM's memory; an older daemon does not say."""
+    pressure_percent: float = 0.0
+    """Of the last ten seconds in which somebody waited for memory, as its policy was told last."""
     stats: VmStats
 
 

@@ -44,7 +44,7 @@ async def test_budget_down_and_eager_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the plugin gives back by itself is no longer shown, with nobody asking for a look."""
-    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr("qmp_upm.refresh.REFRESH_SECONDS", 0.1)
     file = write(tmp_path, FAST + SOON + KEEP)
     async with (
         fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
@@ -63,8 +63,8 @@ async def test_a_guest_that_resets_leaves_no_ghosts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU closes its backings and makes new ones: what is shown does not add up over boots."""
-    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.05)
-    monkeypatch.setattr("qmp_upm.serving.HOLDING_SECONDS", 0.1)
+    monkeypatch.setattr("qmp_upm.refresh.REFRESH_SECONDS", 0.05)
+    monkeypatch.setattr("qmp_upm.refresh.HOLDING_SECONDS", 0.1)
     file = write(tmp_path, FAST + SOON + KEEP)
     async with (
         fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
@@ -103,7 +103,7 @@ async def test_discards_that_fail_are_made_when_they_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What could not be given back is shown, and is given back by age once the disk is well."""
-    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr("qmp_upm.refresh.REFRESH_SECONDS", 0.1)
     file = write(tmp_path, FAST + SOON + 'policy = { name = "lazy", max_age = "0.1 s" }\n')
     async with (
         fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmp_upm.asks import Apply
 from qmp_upm.config import VmSettings
-from qmp_upm.serving import COMPANIES, REFRESH_SECONDS
+from qmp_upm.refresh import COMPANIES, REFRESH_SECONDS
 from tests.unit.fleet import Served, running_fleet, until
 from tests.unit.virtualtime import VirtualLoop, run_in_virtual_time
 
