@@ -13,7 +13,7 @@ REFRESH_SECONDS = 3.0
 HOLDING_SECONDS = 30.0
 """How old they may be while the VM holds something: QEMU may close a region without a word."""
 PATIENCE_SECONDS = 60.0
-"""The longest pause before a discard that failed is tried again."""
+"""The longest pause before a discard that failed is tried again, or the ledger is read again."""
 COMPANIES = 16
 """In which sessions do what has some time: half of them, as jitter has it."""
 
@@ -69,11 +69,18 @@ class Refresh:
     def on_failed(self) -> None:
         """A discard failed, in whole or in part: a pause, twice as long each time."""
         self.doubt = True
+        self.on_differs()
+
+    def on_differs(self) -> None:
+        """The ledger is read anew: the next time not before a pause, twice as long each time.
+
+        A plugin that contradicts itself would have it read for ever.
+        """
         if self.is_patient:
             pause_s = min(REFRESH_SECONDS * 2**self._failures / 2, PATIENCE_SECONDS)
             self._failures += 1
             self.patience_ns = self._clock.monotonic_ns() + int(pause_s * NSEC)
 
-    def on_succeeded(self) -> None:
-        """Discards can be made."""
+    def on_well(self) -> None:
+        """A discard was made, or the figures agree."""
         self._failures = self.patience_ns = 0

@@ -268,9 +268,11 @@ class Serving:
         quiet = query.records.head == self._exits.cursor and not self._backend.busy
         if quiet and self._guest.agrees(query):
             self._refresh.doubt = False
+            self._refresh.on_well()
         elif quiet or self._refresh.doubt:
             if self._refresh.is_patient:
                 await self._resynchronise()
+                self._refresh.on_differs()
             self._refresh.want()
 
     def _take(self, query: Query) -> None:
@@ -348,7 +350,7 @@ class Serving:
             stats.failed_discards += 1
             self._refresh.on_failed()
         elif done.discarded:
-            self._refresh.on_succeeded()
+            self._refresh.on_well()
         self._guest.telemetry.line(
             "discard",
             id=done.id,

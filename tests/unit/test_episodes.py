@@ -8,11 +8,13 @@ the end, `tests.truth` sees; here also that the daemon comes to it by itself, in
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
 from qmp_upm.errors import UnavailableError
 from qmp_upm.host import Host
+from qmp_upm.picture import Held, digest_of
 from qmp_upm.pressure import PressureFiles
 from qmp_upm.protocol import Copy
 from qmp_upm.testing import Delay, FakeVm
@@ -320,3 +322,23 @@ async def test_a_recording_ends_with_its_vm(tmp_path: Path) -> None:
             async with asyncio.timeout(20):
                 blocks = [block async for block in recorded]
             assert sum(len(block.records) for block in blocks) == 3
+
+
+async def test_the_picture_can_be_compared(tmp_path: Path) -> None:
+    """By copy and region, bytes and runs, with a digest that the plugin's own ranges give, too."""
+    file = write(tmp_path, FAST + SOON + KEEP)
+    async with (
+        fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        assert host.held_by("db") == []
+        flip(peer, 5)
+        await until(lambda: shown(host) == 5 * PAGE)
+        asked = {"copy": "shared", "region": 1, "cursor": 0, "max": 100}
+        ranges = np.array(peer.plugin("x-upm-stale", asked)["ranges"])
+        digest = digest_of(ranges[:, 0], ranges[:, 1])
+        assert host.held_by("db") == [Held(Copy.SHARED, 1, 5 * PAGE, 5, digest)]
+        flip(peer, 1, 100)
+        await until(lambda: shown(host) == 6 * PAGE)
+        assert host.held_by("db")[0].digest != digest

@@ -367,6 +367,32 @@ def test_a_restless_policy_has_pauses(tmp_path: Path) -> None:
     run_in_virtual_time(main())
 
 
+@pytest.mark.untrue("its figures are not those of its ledger")
+def test_a_plugin_that_contradicts_itself_is_read_seldom(tmp_path: Path) -> None:
+    """Figures that no reading of the ledger can explain: ten minutes of a clock that jumps."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        plugin = FakePlugin({"ram": MIB}, clock_ns=loop.monotonic_ns)
+        peer, known = FakeVm(plugin), plugin.__call__
+
+        def lie(command: str, arguments: Any) -> object:
+            answer: Any = known(command, arguments) if command.startswith("x-upm") else None
+            if command == "x-upm-query":
+                answer["stale"]["shared"] += PAGE
+            return peer._handle(command, arguments) if answer is None else answer
+
+        peer.handler = lie
+        async with peer.listening(tmp_path / "sock"), running(tmp_path, loop.clock) as run:
+            await until(lambda: run.session.state is State.ATTACHED)
+            await asyncio.sleep(600)
+            assert peer.counts["x-upm-stale"] / 2 < 20
+            assert run.session.view().stale_bytes[Copy.SHARED] == PAGE
+
+    run_in_virtual_time(main())
+
+
 async def test_a_qemu_without_names_may_have_a_uuid(tmp_path: Path) -> None:
     """Each is asked for, whether or not the other is known."""
     uuid = "11111111-2222-4333-8444-555555555555"
