@@ -112,7 +112,7 @@ static void cmd_configure(struct qdict *dict, struct qobject **result, struct qe
         upm_lock();
         apply_settings(&s);
         count_command();
-        worker_kick();
+        drain_at_once();
         upm_unlock();
     }
     args_free(args, text);
@@ -129,7 +129,7 @@ static bool take_records(struct excerpt *e, uint64_t cursor, uint64_t most)
 {
     uint64_t oldest;
 
-    convert_record_pending(now_ns());
+    conversion_record_pending(now_ns());
     if (cursor > upm.head) {
         return false;
     }

@@ -165,7 +165,7 @@ static void region_expect_nothing(const struct region *r, enum copy copy)
     for (struct op *op = upm.ops; op; op = next) {
         next = op->next;
         if (op->region == r && op->state == OP_EXPECT && op->copy == copy) {
-            convert_record((struct part *)op);
+            conversion_record((struct part *)op);
             ((struct part *)op)->expected = false;
             op_end(op);
         }
@@ -187,6 +187,7 @@ void region_lose(struct region *r)
         region_expect_nothing(r, c);
         ledger_forget(r, c);
     }
+    ops_wake(); /* conversions that wait in it need not any more */
 }
 
 /* With the lock held; drops it. A guest_memfd that we could not follow has been put beside this

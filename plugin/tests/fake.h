@@ -21,7 +21,7 @@
 
 #define PAGE 4096ull
 #define MIB (1ull << 20)
-#define FAKE_PAGES (1u << 17) /* guest addresses below 512 MiB */
+#define FAKE_PAGES (1u << 17) /* guest addresses below 512 MiB: of others nothing is known */
 #define KVM_FD 1000000        /* no file: the fake answers for it */
 
 enum kind { RAM_MEMFD, RAM_FILE, RAM_ANONYMOUS, RAM_HUGETLB, RAM_IN_PLACE };
@@ -64,6 +64,7 @@ extern __thread bool in_plugin;
 
 /* Starts the plugin as QEMU's opening of KVM does, and creates a VM. */
 void fake_start(void);
+void vm_new(void);
 struct memory *memory_new(enum kind kind, uint64_t gpa, uint64_t bytes);
 /* As QEMU: unmap, close the RAM, then close the guest_memfd. */
 void memory_free(struct memory *m);
@@ -96,6 +97,8 @@ uint64_t query(const char *key);
 /* Whether the reply of x-upm-query has this text. */
 bool query_says(const char *text);
 uint64_t stale(void);
+/* Which of the first pages x-upm-stale tells of, a letter for each: '.' or 'x'. To be freed. */
+char *ledger_of(unsigned region, const char *copy, uint64_t pages);
 /* The sum of a counter's two copies. */
 uint64_t counter(const char *name);
 /* deferred == all that became of it, for each copy. */

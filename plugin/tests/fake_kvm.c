@@ -75,7 +75,8 @@ bool page_is_private(uint64_t gpa)
 static void look_for_live(uint64_t gpa, uint64_t bytes, bool private_copy)
 {
     for (uint64_t at = gpa; at < gpa + bytes; at += PAGE) {
-        fake.violations += fake.launching || page_is_private(at) == private_copy;
+        fake.violations += fake.launching
+                           || (at / PAGE < FAKE_PAGES && page_is_private(at) == private_copy);
     }
 }
 
@@ -220,6 +221,7 @@ static int set_attributes(const struct upm_kvm_attributes *a)
 {
     void (*before)(void) = fake.before_attributes;
     int (*refuse)(void) = fake.refuse_attributes;
+    uint64_t end;
     int error;
 
     if (before) {
@@ -238,21 +240,13 @@ static int set_attributes(const struct upm_kvm_attributes *a)
         return -1;
     }
     pthread_mutex_lock(&attributes_lock); /* KVM's slots_lock */
-    for (uint64_t at = a->address; at < a->address + a->size; at += PAGE) {
-        if (at / PAGE < FAKE_PAGES) {
-            __atomic_store_n(&is_private[at / PAGE], !!(a->attributes & UPM_KVM_ATTRIBUTE_PRIVATE),
-                             __ATOMIC_SEQ_CST);
-        }
+    end = a->address + a->size < FAKE_PAGES * PAGE ? a->address + a->size : FAKE_PAGES * PAGE;
+    for (uint64_t at = a->address; at < end; at += PAGE) {
+        __atomic_store_n(&is_private[at / PAGE], !!(a->attributes & UPM_KVM_ATTRIBUTE_PRIVATE),
+                         __ATOMIC_SEQ_CST);
     }
     pthread_mutex_unlock(&attributes_lock);
     return 0;
-}
-
-static void set_all_shared(void)
-{
-    for (unsigned i = 0; i < FAKE_PAGES; i++) {
-        __atomic_store_n(&is_private[i], 0, __ATOMIC_SEQ_CST);
-    }
 }
 
 static int create_guest_memfd(const struct upm_kvm_create_guest_memfd *create)
@@ -285,8 +279,6 @@ static int fake_ioctl(int fd, unsigned long request, ...)
     case UPM_KVM_GET_API_VERSION:
         return 12;
     case UPM_KVM_CREATE_VM:
-        fake.launching = true;
-        set_all_shared();
         return open("/dev/null", O_RDWR | O_CLOEXEC);
     case UPM_KVM_CREATE_GUEST_MEMFD:
         return create_guest_memfd(argument);
@@ -314,6 +306,17 @@ static bool have_real_guest_memfd(void)
     return fd >= 0;
 }
 
+/* What is under way in the VM before it is over when this one has been made. */
+void vm_new(void)
+{
+    fake.vm_fd = plugin_ioctl(KVM_FD, UPM_KVM_CREATE_VM, (void *)1);
+    expect(fake.vm_fd >= 0);
+    for (unsigned i = 0; i < FAKE_PAGES; i++) {
+        __atomic_store_n(&is_private[i], 0, __ATOMIC_SEQ_CST);
+    }
+    fake.launching = true;
+}
+
 void fake_start(void)
 {
     real = libc;
@@ -325,6 +328,5 @@ void fake_start(void)
     libc.fallocate = fake_fallocate;
     libc.madvise = fake_madvise;
     expect(plugin_ioctl(KVM_FD, UPM_KVM_GET_API_VERSION, NULL) == 12);
-    fake.vm_fd = plugin_ioctl(KVM_FD, UPM_KVM_CREATE_VM, (void *)1);
-    expect(fake.vm_fd >= 0);
+    vm_new();
 }

@@ -85,8 +85,7 @@ void memory_free(struct memory *m)
 void vm_reset(struct memory *const *blocks, unsigned count)
 {
     close(fake.vm_fd);
-    fake.vm_fd = plugin_ioctl(KVM_FD, UPM_KVM_CREATE_VM, (void *)1);
-    expect(fake.vm_fd >= 0);
+    vm_new();
     for (unsigned i = 0; i < count; i++) {
         munmap(blocks[i]->private, blocks[i]->bytes);
         close(blocks[i]->private_fd);

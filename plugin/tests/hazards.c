@@ -138,45 +138,6 @@ bool ledger_is_empty(void)
     return !stale();
 }
 
-static uint64_t enter_ranges(const char *reply, char *pages, uint64_t count)
-{
-    const char *at = strchr(reply, '[') + 1;
-    char *end;
-
-    while (*at == '[' || *at == ',' || *at == ' ') {
-        uint64_t first, n;
-
-        at = strchr(at, '[') + 1;
-        first = strtoull(at, &end, 10) / PAGE;
-        n = strtoull(end + 1, &end, 10) / PAGE;
-        expect(n);
-        for (; n && first < count; n--) {
-            pages[first++] = 'x';
-        }
-        at = end + 1;
-    }
-    return strtoull(strstr(at, "\"cursor\": ") + 10, NULL, 10);
-}
-
-char *ledger_of(unsigned region, const char *copy, uint64_t count)
-{
-    char *pages = malloc(count + 1);
-    uint64_t cursor = 0;
-    bool done = false;
-
-    memset(pages, '.', count);
-    pages[count] = '\0';
-    while (!done) {
-        char *reply = must("x-upm-stale", "{\"copy\": \"%s\", \"region\": %u, \"cursor\": %llu, "
-                           "\"max\": 100}", copy, region, (unsigned long long)cursor);
-
-        cursor = enter_ranges(reply, pages, count);
-        done = strstr(reply, "\"done\": true");
-        free(reply);
-    }
-    return pages;
-}
-
 int main(int argc, char **argv)
 {
     static const struct hazard *const all[] = {

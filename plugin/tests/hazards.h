@@ -46,8 +46,6 @@ void ask_discard_of_all(void);
 bool discarded(void);
 void discard_and_wait(const char *copy, uint64_t offset, uint64_t bytes);
 bool ledger_is_empty(void);
-/* Which of the first pages x-upm-stale tells of, a letter for each: '.' or 'x'. To be freed. */
-char *ledger_of(unsigned region, const char *copy, uint64_t pages);
 
 /* A place where one thread is stopped, so that the test can look at what others do meanwhile:
  * a hook for fake.before_punch and one for fake.before_attributes. */

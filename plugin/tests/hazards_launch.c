@@ -194,7 +194,7 @@ static void reset_of_two(void)
     slot_unmap(1);
     slot_unmap(2);
     close(fake.vm_fd);
-    fake.vm_fd = ioctl(KVM_FD, UPM_KVM_CREATE_VM, (void *)1);
+    vm_new();
     close(m[0]->private_fd);
     munmap(m[0]->shared, MIB);
     expect(stale() == PAGE && query("forgotten-bytes-shared") == PAGE);

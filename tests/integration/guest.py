@@ -57,10 +57,11 @@ class Guest:
         backends: int = 1,
         configuration: Mapping[str, object] = DEFER,
         plugin: bool = True,
-        around: tuple[str, ...] = (),
+        before: tuple[str, ...] = (),
+        behind: tuple[str, ...] = (),
         launched: bool = True,
     ) -> None:
-        """``around``: more preloads in front of the plugin, named from this folder.
+        """``before`` and ``behind``: more preloads before and after the plugin, from this folder.
 
         ``launched``: its processor has run, so that what is converted is the guest's doing.
         """
@@ -70,8 +71,9 @@ class Guest:
         objects = [
             build.preload("../integration/convert.c"),
             build.shim(),
-            *(build.preload(f"../integration/{name}") for name in around),
+            *(build.preload(f"../integration/{name}") for name in before),
             *((plugin_path(),) if plugin else ()),
+            *(build.preload(f"../integration/{name}") for name in behind),
             build.preload("../../benchmarks/attributes.c"),
         ]
         self.errors = (folder / "stderr").open("w+")

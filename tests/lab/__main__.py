@@ -15,6 +15,7 @@ from qmp_upm.units import format_size
 from tests.lab import build, newest
 from tests.lab.build import LabError, say
 from tests.lab.launch import is_sound, launch
+from tests.lab.launch_real import launch_real
 from tests.lab.launched import KINDS
 from tests.lab.machine import host_has_vm_type, kvm_used, run_scenarios
 from tests.lab.scenario import POLICIES, WORKLOADS, Scenario
@@ -67,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
             help="a system whose QEMU to use, unpacked there",
         )
         command.add_argument("--json", action="store_true")
-    for command in (run, compare, torture):
+    launches.add_argument(
+        "--real-attributes",
+        action="store_true",
+        help="on a KVM that converts, if need be in the lab: one mode, and some minutes",
+    )
+    for command in (run, compare, torture, launches):
         command.add_argument(
             "--out", type=Path, default=Path("lab-results"), help="folder for telemetry and logs"
         )
@@ -176,7 +182,10 @@ def main() -> int:
             print(json.dumps(result)) if args.json else print_result(result)
             return int(result["peak_over_budget_bytes"] > result["conversion_most_bytes"])
         elif args.command == "launch":
-            result = launch(args.kind, args.qemu_root)
+            if args.real_attributes:
+                result = launch_real([args.kind], args.qemu_root, args.out)[0]
+            else:
+                result = launch(args.kind, args.qemu_root)
             print(json.dumps(result)) if args.json else print_launches(result)
             return int(not is_sound(result))
         else:

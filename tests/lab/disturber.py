@@ -9,6 +9,8 @@ from tests.lab.launched import Launched
 
 LEASE_MS = 5
 UNLIMITED = 1 << 40
+LAST = 2
+"""Number of the discard that comes after those of a launch."""
 MODES = {
     "eager": ("eager", "eager"),
     "defer private": ("defer", "eager"),
@@ -16,7 +18,7 @@ MODES = {
     "defer both": ("defer", "defer"),
 }
 """Of the private and the shared copy."""
-DISTURBANCES = ("flush", "budget", "lease")
+DISTURBANCES = ("nothing", "flush", "budget", "lease")
 
 
 def configure(guest: Launched, mode: str) -> None:
@@ -28,6 +30,19 @@ def configure(guest: Launched, mode: str) -> None:
     )
 
 
+def await_discards(guest: Launched) -> None:
+    """Until those asked for during a launch are made: they wait for the guest to run."""
+    request = {"id": LAST, "copy": "both", "all": True}
+    guest.main.clear_events()
+    guest.wait(
+        lambda: "return" in guest.main.cmd_raw("x-upm-discard", request), "an earlier discard"
+    )
+    while True:
+        event = guest.main.pull_event(wait=guest.setup.patience_seconds)
+        if event["event"] == "X_UPM_DISCARDED" and event["data"]["id"] == LAST:
+            return
+
+
 class Disturber:
     """A thread that asks as long as a launch goes on; ``asked`` is how often that was accepted.
 
@@ -36,7 +51,12 @@ class Disturber:
 
     def __init__(self, guest: Launched, kind: str) -> None:
         self._guest = guest
-        self._ask = {"flush": self._flush, "budget": self._lower_budget, "lease": self._leave}[kind]
+        self._ask = {
+            "nothing": lambda: False,
+            "flush": self._flush,
+            "budget": self._lower_budget,
+            "lease": self._leave,
+        }[kind]
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.asked = 0

@@ -389,11 +389,14 @@ def main() -> None:
     out = Path(sys.argv[1])
     from tests.lab.direct import Direct  # noqa: PLC0415 - these are kinds of Run
     from tests.lab.firmware import Firmware  # noqa: PLC0415
+    from tests.lab.launch_real import POLICY, LaunchReal  # noqa: PLC0415
+    from tests.lab.launched import KINDS  # noqa: PLC0415
     from tests.lab.table import Table  # noqa: PLC0415
     from tests.lab.torture import Torture  # noqa: PLC0415
 
     kinds = {"torture": Torture, "table": Table, "firmware": Firmware}
     kinds |= dict.fromkeys(("direct-eager", "direct-defer"), Direct)
+    kinds |= dict.fromkeys((f"{POLICY}{kind}" for kind in KINDS), LaunchReal)
     job = json.loads((out / "job.json").read_text(encoding="utf-8"))
     for number, fields in enumerate(job["scenarios"]):
         scenario = Scenario(**fields)

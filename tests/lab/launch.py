@@ -6,8 +6,8 @@ guest_memfds; the plugin; the daemon of one of the runs. What a real launch has 
 
 - a processor or firmware that encrypts, validates or refuses a page: launch.c takes all, and the
   measurement is its own hash, not SNP's digest nor TDX's MRTD;
-- memory attributes, where this host's KVM has none: the ioctl that sets them succeeds and changes
-  nothing, so that no page is ever unmapped from the guest;
+- memory attributes, but in the lab (see launch_real.py): the ioctl that sets them succeeds and
+  changes nothing, so that no page is ever unmapped from the guest;
 - a guest: virtual processors never run, firmware is a pattern, and those who convert are threads
   that call QEMU's kvm_convert_memory();
 - the time that it takes: so much for each 32 pages, longer than an answer needs, so that whatever
@@ -30,21 +30,19 @@ from typing import Any
 
 from tests.lab import image, newest
 from tests.lab.build import LabError, say
-from tests.lab.disturber import DISTURBANCES, MODES, Disturber, configure
+from tests.lab.disturber import DISTURBANCES, MODES, Disturber, await_discards, configure
 from tests.lab.inside import wait_until
 from tests.lab.launched import (
     DAEMON,
     MIB,
-    PATIENCE_SECONDS,
     HangError,
     Launched,
     Pages,
+    Setup,
     page_numbers,
 )
 from tests.lab.machine import plugin_file
 
-STEP_US = 6000
-"""A launch has a dozen steps of that length."""
 RESETS, RESETTING_QEMU = 10, 11
 LAUNCHED = (min(at for at, _, _ in image.SNP_PAGES), 0x20000)
 """Where SNP's metadata pages are, and TDX's sections but for the firmware: address and bytes."""
@@ -113,7 +111,7 @@ def crowd(guest: Launched) -> int:
         state.update(guest.side.cmd("x-test-flipping"))
         return not state["running"]
 
-    wait_until(over, 1 if hung else PATIENCE_SECONDS)
+    wait_until(over, 1 if hung else guest.setup.patience_seconds)
     if state["failed"]:
         raise LabError(f"{state['failed']} conversions failed")
     return state["running"] + hung
@@ -161,6 +159,8 @@ def run_disturbed(
                 outcome.launches.append(guest.launch(command(number), number))
             outcome.asked += disturber.asked
             look(guest, number, outcome)
+            if disturbance == "flush":
+                await_discards(guest)
         configure(guest, mode)
         outcome.stuck = crowd(guest)
     return outcome
@@ -267,6 +267,7 @@ def described(outcome: Outcome, stock: Outcome) -> dict[str, Any]:
             copy: min((stale[copy] for stale in outcome.stale_before_reset), default=0)
             for copy in ("private", "shared")
         },
+        "most_stale_pages_after_reset": max(map(len, outcome.stale), default=0),
         "ledger_is_true": ledger_is_true(outcome, stock),
         "stuck_threads": outcome.stuck,
     }
@@ -281,23 +282,32 @@ def launch(
     ``only``: of the runs, those whose names begin like that. Raises LabError where QEMU can't
     launch such a guest.
     """
-    program = newest.program(Path(qemu_root)) if qemu_root else ["qemu-system-x86_64"]
-    version = newest.version(program)
-    resets = RESETS if int(version.split(".")[0]) >= RESETTING_QEMU else 0
-    under = plugin or Path(plugin_file())
+    return compare(Setup(kind, program_of(qemu_root)), plugin or Path(plugin_file()), only, RESETS)
+
+
+def program_of(qemu_root: str) -> tuple[str, ...]:
+    """The command of an unpacked system's QEMU; of this system's if that is empty."""
+    return tuple(newest.program(Path(qemu_root))) if qemu_root else ("qemu-system-x86_64",)
+
+
+def compare(setup: Setup, plugin: Path, only: str, most_resets: int) -> dict[str, Any]:
+    """Runs with the plugin against one without."""
+    version = newest.version(list(setup.program))
+    resets = most_resets if int(version.split(".")[0]) >= RESETTING_QEMU else 0
     outcomes = []
     with tempfile.TemporaryDirectory() as work:
-        with Launched(kind, program, Path(work) / "stock", None, 0) as guest:
+        with Launched(setup, Path(work) / "stock", None) as guest:
             stock = run_stock(guest, resets)
         for number, (name, run) in enumerate(runs().items()):
             if name.startswith(only):
                 say(name)
-                with Launched(kind, program, Path(work) / str(number), under, STEP_US) as guest:
+                with Launched(setup, Path(work) / str(number), plugin) as guest:
                     outcomes.append(run(guest, resets, Outcome(name)))
     rows = [described(outcome, stock) for outcome in outcomes]
     return {
-        "kind": kind,
+        "kind": setup.kind,
         "qemu_version": version,
+        "attributes": "real" if setup.real_attributes else "answered by the test",
         "launches": sum(row["launches"] for row in rows),
         "measurement_equal": all(row["measurement_equal"] for row in rows),
         "resets": resets,

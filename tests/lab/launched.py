@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,23 +20,42 @@ from tests.lab.inside import wait_until
 
 MIB = 1 << 20
 RAM_BYTES = 256 * MIB
-PATIENCE_SECONDS = 20.0
-"""Longer than anything takes here unless it waits for ever."""
+STEP_US = 6000
+"""A launch has a dozen steps of that length."""
 DAEMON = "daemon"
 """Name of the monitor that is left to a daemon."""
 KINDS = ("sev-snp", "tdx")
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What guests of one comparison have in common; ``program`` is QEMU's command.
+
+    ``real_attributes``: KVM converts, and makes software-protected VMs. ``patience_seconds``:
+    longer than anything takes there unless it waits for ever.
+    """
+
+    kind: str
+    program: tuple[str, ...]
+    real_attributes: bool = False
+    patience_seconds: float = 20.0
+
+
 class HangError(LabError):
     """Somebody waits for ever, most likely; ``threads`` says how many."""
 
-    def __init__(self, what: str, threads: int) -> None:
-        super().__init__(f"{what} is not done after {PATIENCE_SECONDS:.0f} s")
+    def __init__(self, what: str, seconds: float, threads: int) -> None:
+        super().__init__(f"{what} is not done after {seconds:.0f} s")
         self.threads = threads
 
 
 Pages = frozenset[int]
 """Page numbers in the RAM's shared file, which are those of guest memory."""
+
+
+def preloads() -> tuple[Path, Path]:
+    """What stands before the plugin, and what stands behind it."""
+    return build.preload("vcpus.c"), build.preload("launch.c")
 
 
 def object_arguments(kind: str, folder: Path) -> list[str]:
@@ -64,23 +84,22 @@ class Launched:
     Raises LabError if it does not start.
     """
 
-    def __init__(
-        self, kind: str, program: list[str], folder: Path, plugin: Path | None, step_us: int
-    ) -> None:
+    def __init__(self, setup: Setup, folder: Path, plugin: Path | None) -> None:
         folder.mkdir(parents=True)
+        self.setup = setup
         image.write_firmware(folder / "firmware")
         image.write_kernel(folder / "kernel")
         self.folder, self.log = folder, folder / "launches"
-        objects = [build.preload("vcpus.c"), plugin, build.preload("launch.c")]
+        vcpus, behind = preloads()
         with (folder / "stderr").open("wb") as errors:
             self.process = subprocess.Popen(
                 [
-                    *program,
+                    *setup.program,
                     *("-accel", "kvm", "-cpu", "host", "-nodefaults", "-display", "none", "-S"),
                     *("-machine", "q35,smm=off,memory-backend=ram"),
                     *("-machine", "confidential-guest-support=guest", "-m", "256"),
                     *("-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
-                    *object_arguments(kind, folder),
+                    *object_arguments(setup.kind, folder),
                     *("-bios", str(folder / "firmware"), "-monitor", "none"),
                     *self._monitor("main"),
                     *self._monitor("side"),
@@ -88,22 +107,25 @@ class Launched:
                 ],
                 env=dict(
                     os.environ,
-                    LD_PRELOAD=":".join(str(file) for file in objects if file),
+                    LD_PRELOAD=":".join(str(file) for file in (vcpus, plugin, behind) if file),
                     LAUNCH_LOG=str(self.log),
-                    LAUNCH_STEP_US=str(step_us),
+                    LAUNCH_STEP_US=str(STEP_US),
+                    **({"LAUNCH_REAL": "1"} if setup.real_attributes else {}),
                 ),
                 stderr=errors,
             )
         try:
-            self.main = dial(folder / "main", lambda: self.process.poll() is None, PATIENCE_SECONDS)
+            self.main = dial(
+                folder / "main", lambda: self.process.poll() is None, setup.patience_seconds
+            )
         except RuntimeError as error:
             self.close()
             raise LabError(
                 f"QEMU failed: {(folder / 'stderr').read_text()}"
                 "hint: `python -m tests.lab build` says where a QEMU is that makes either kind"
             ) from error
-        self.main.settimeout(PATIENCE_SECONDS)
-        self.side = Aside(folder / "side", PATIENCE_SECONDS)
+        self.main.settimeout(setup.patience_seconds)
+        self.side = Aside(folder / "side", setup.patience_seconds)
 
     def _monitor(self, name: str) -> list[str]:
         return ["-qmp", f"unix:{self.folder}/{name},server=on,wait=off"]
@@ -153,11 +175,12 @@ class Launched:
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
         """Until it is done; HangError if it never is, LabError if QEMU ends."""
-        if wait_until(lambda: done() or self.process.poll() is not None, PATIENCE_SECONDS):
+        seconds = self.setup.patience_seconds
+        if wait_until(lambda: done() or self.process.poll() is not None, seconds):
             if self.process.poll() is not None:
                 raise self.ended()
         else:
-            raise HangError(what, max(1, self.side.cmd("x-test-flipping")["running"]))
+            raise HangError(what, seconds, max(1, self.side.cmd("x-test-flipping")["running"]))
 
     def ended(self) -> LabError:
         """That QEMU has ended, and how."""
