@@ -6,6 +6,7 @@ else after its socket. The name also names a file and a metric's label, so whate
 a digit, ``.``, ``_`` or ``-`` is replaced.
 """
 
+import contextlib
 import re
 from collections.abc import Container
 from dataclasses import dataclass
@@ -59,11 +60,11 @@ async def identify(monitor: Monitor) -> Identity:
     """Ask QEMU. MessageError if it answers what is no name."""
     name: str | None = None
     uuid = ""
-    try:
+    # A QEMU may be built without either, and be called after its socket.
+    with contextlib.suppress(CommandError):
         name = read_message(_Name, await monitor.execute("query-name", oob=False)).name
+    with contextlib.suppress(CommandError):
         uuid = read_message(_Uuid, await monitor.execute("query-uuid", oob=False)).UUID.lower()
-    except CommandError:
-        pass  # a QEMU may be built without them, and be called after its socket
     known = _UUID.fullmatch(uuid) is not None and uuid != _NO_UUID
     return Identity(name, uuid if known else None)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from qmp_upm import cli
 from qmp_upm.cli import app
 from qmp_upm.client import ask
 from qmp_upm.control import ControlServer
@@ -138,7 +139,7 @@ async def test_wrong_usage_is_exit_code_2(
         (("show", "x"), "there is no VM 'x'", "known: db, web"),
         (("flush", "web"), "web is not attached", "wait"),
         (("set-policy", "db", "greedy"), "there is no policy 'greedy'", "installed: lazy"),
-        (("reload",), "internal error", "see the log"),
+        pytest.param(("reload",), "internal error", "see the log", marks=pytest.mark.traceback),
     ],
 )
 async def test_refusals_come_with_the_daemon_s_hint(
@@ -334,3 +335,20 @@ async def test_completion_knows_the_words(
     async with asyncio.timeout(30):
         out, errors = await process.communicate()
     assert (out.decode().split(), errors) == (found, b"")
+
+
+def test_a_qemus_words_do_not_act_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that a QEMU has written is printed without its control characters."""
+
+    def fail() -> None:
+        raise ControlError("\x1b]0;pwned\x07 all is well\r\n#", hint="\x1b[2J")
+
+    monkeypatch.setattr("qmp_upm.cli.app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert all(c.isprintable() or c == "\n" for c in said)
+    assert said.count("\n") == 2

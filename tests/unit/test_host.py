@@ -3,57 +3,19 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
 from pathlib import Path
 
 import pytest
 
-from qmp_upm.configfile import load_config
 from qmp_upm.errors import ConfigError, UnavailableError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName
-from qmp_upm.host import Host
 from qmp_upm.pressure import PressureFiles
 from qmp_upm.protocol import Copy
 from qmp_upm.stats import State
 from qmp_upm.vm import Session
+from tests.unit.hosts import FAST, KEEP, hosting, states, write
 from tests.unit.sessions import MIB, PAGE, fake_vm, until
-
-KEEP = 'policy = { name = "eager", copies = "none" }\n'
-
-
-def write(tmp_path: Path, text: str = "", head: str = "") -> Path:
-    """A configuration that looks for VMs in tmp_path/vms, every few milliseconds."""
-    (tmp_path / "vms").mkdir(exist_ok=True)
-    file = tmp_path / "config.toml"
-    file.write_text(
-        f'discovery = ["{tmp_path}/vms/*.monitor"]\n{head}\n[telemetry]\n'
-        f'directory = "{tmp_path}"\n{text}\n'
-    )
-    return file
-
-
-FAST = "[host]\ndiscovery_interval = 0.01\npressure_interval = 0.01\n"
-
-
-@contextlib.asynccontextmanager
-async def hosting(file: Path, files: PressureFiles | None = None) -> AsyncIterator[Host]:
-    """A host at work, which must leave nothing behind."""
-    before = asyncio.all_tasks()
-    host = Host(load_config(file), files=files)
-    host.start()
-    task = asyncio.create_task(host.run())
-    try:
-        yield host
-        assert not task.done()
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    assert {t for t in asyncio.all_tasks() if "vm " in t.get_name()} <= before
-
-
-def states(host: Host) -> dict[str, str]:
-    """Names and states."""
-    return {view.name: view.state.value for view in host.vms()}
 
 
 async def test_vms_come_restart_and_go(tmp_path: Path) -> None:
@@ -255,11 +217,12 @@ async def test_host_budget_is_divided_and_never_exceeded(tmp_path: Path) -> None
         await until(lambda: peers["other"].plugin.ledger.budget == 256 * MIB)
 
 
+@pytest.mark.traceback
 async def test_session_that_dies_is_seen_and_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A defect of ours in one session costs that VM a moment, and nobody else anything."""
-    monkeypatch.setattr("qmp_upm.roster.RESTART_SECONDS", 0.01)
+    monkeypatch.setattr("qmp_upm.supervision.RESTART_SECONDS", 0.01)
     deaths = iter([True, True])
     run = Session.run
 
@@ -276,7 +239,7 @@ async def test_session_that_dies_is_seen_and_begun_again(
         hosting(file) as host,
     ):
         await until(lambda: states(host) == {"a": "attached", "b": "attached"})
-        assert host.roster.deaths == 2
+        assert host.supervisor.deaths == {"session": 2}
         assert host.ready
 
 
@@ -307,11 +270,12 @@ async def test_pressure_reaches_the_policy(tmp_path: Path) -> None:
     ):
         await until(lambda: states(host) == {"web": "attached"})
         (session,) = host.sessions
-        own = proc / str(session.peer_pid)
+        own = proc / str(session.peer.process)
         own.mkdir()
-        (own / "cgroup").write_text("1:name=systemd:/old\n0::/machine.slice/web\n")
+        (own / "cgroup").write_text("1:name=systemd:/old\n0::/machine.slice/web/libvirt/emulator\n")
         group = cgroup / "machine.slice" / "web"
-        group.mkdir(parents=True)
+        (group / "libvirt" / "emulator").mkdir(parents=True)
+        (group / "memory.max").write_text("max\n")
         (group / "memory.current").write_text("4096\n")
         assert session.guest.pressure.host_some_percent == 0
         decisions = session.guest.stats.decisions
@@ -361,3 +325,22 @@ async def test_states_are_told(tmp_path: Path) -> None:
             events.close()
             told = [e.data["state"] async for e in events if e.name is HostEventName.VM_STATE]
     assert told == ["attached"]
+
+
+async def test_a_killed_qemus_socket_is_a_vm_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is left, and nobody listens; one that starts there again is served again."""
+    monkeypatch.setattr("qmp_upm.host.DESERTED_SECONDS", 0.3)
+    file, path = write(tmp_path, FAST), tmp_path / "vms" / "a.monitor"
+    async with hosting(file) as host:
+        async with fake_vm(name="a").listening(path):
+            await until(lambda: states(host) == {"a": "attached"})
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(path))
+        await until(lambda: list(states(host).values()) == ["backoff"])
+        await until(lambda: not states(host))
+        await asyncio.sleep(0.1)
+        assert not states(host)
+        async with fake_vm(name="a").listening(path):
+            await until(lambda: states(host) == {"a": "attached"})
