@@ -67,11 +67,11 @@ async def test_names_are_not_trusted(tmp_path: Path) -> None:
         names = {Path(view.socket).stem: view.name for view in host.vms()}
         assert names.pop("e") != names.pop("f")
         assert names == {
-            "a": "etc_pass_wd",
+            "a": "../../etc/pass wd",
             "b": uuid,
             "c": "c",
             "d": "boss-d",
-            "g": "n" * 64,
+            "g": "n" * 128,
             "boss": "boss",
         }
         assert host.vm(uuid).uuid == uuid
@@ -371,3 +371,18 @@ async def test_what_a_killed_qemu_converted_is_counted(tmp_path: Path) -> None:
             assert stats.conversions == {Copy.PRIVATE: 15, Copy.SHARED: 0}
             assert stats.converted_bytes == {Copy.PRIVATE: 15 * PAGE, Copy.SHARED: 0}
             assert stats.flips == 0
+
+
+async def test_set_budget_says_what_applies(tmp_path: Path) -> None:
+    """Above its part of the host's budget a VM gets its part, and the answer says so."""
+    file = write(tmp_path, FAST + 'budget = "8 MiB"\n[defaults]\n' + KEEP)
+    async with (
+        fake_vm(name="a").listening(tmp_path / "vms" / "a.monitor"),
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"a": "attached"})
+        answer = await host.set_budget("a", 1 << 41)
+        assert answer == {"budget": 8 * MIB, "own": 1 << 41}
+        answer = await host.set_budget("a", 2 * MIB)
+        assert answer == {"budget": 2 * MIB, "own": 2 * MIB}
+        assert host.vm("a").budget_bytes == 2 * MIB
