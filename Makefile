@@ -6,7 +6,7 @@ SOURCES := pyproject.toml meson.build README.md LICENSE $(wildcard plugin/*) \
 	$(shell find qmp_upm policies -name '*.py' -o -name py.typed)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lab lint build packages clean
+.PHONY: help demo test bench mutants lab lint build packages clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -22,6 +22,9 @@ test: build ## Run all tests
 
 bench: build ## Measure the table of benchmarks/RESULTS.md; a quarter of an hour on a quiet machine
 	$(BIN)/python -m benchmarks
+
+mutants: build ## Change the plugin's code in every way that some test must notice; an hour or two
+	$(BIN)/python -m tests.plugin.mutants
 
 lab: build ## Build the lab: kernel, guest and test-only preload
 	$(BIN)/python -m tests.lab build

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import drains, holds, memory
 from benchmarks.native import DEFER, native, preload
 from tests.lab.build import LabError, say
 from tests.lab.machine import plugin_file
@@ -29,7 +30,6 @@ BASELINE_SECONDS = 4.0
 DRAIN_ROUNDS = 3
 DRAIN_THREADS = 4
 BACKLOG_MIB = 1024
-PLUGIN = Path(__file__).parents[1] / "plugin"
 
 Figures = dict[str, Any]
 
@@ -143,23 +143,6 @@ def drain() -> Figures:
     }
 
 
-def memory() -> Figures:
-    """Resident memory for a guest of 1 TiB of which 1 % of the pages, at random, are stale."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "memory"
-        sources = [p for p in sorted(PLUGIN.glob("*.c")) if p.name != "qemu.c"]
-        sources += [PLUGIN / "tests/fake.c", Path(__file__).with_name("memory.c")]
-        subprocess.run(
-            ["gcc", "-std=gnu11", "-O2", "-D_GNU_SOURCE", '-DUPM_VERSION="bench"']
-            + [str(s) for s in sources]
-            + ["-o", str(program), "-lpthread", "-ldl"],
-            check=True,
-        )
-        done = subprocess.run([program], check=True, capture_output=True, text=True)
-    found: Figures = json.loads(done.stdout)
-    return found
-
-
 def show(figures: Figures) -> None:
     """For a person."""
     table = Table(title="The plugin in a stock QEMU, at native speed")
@@ -183,7 +166,7 @@ def main() -> int:
     args = parser.parse_args()
     figures: Figures = {}
     try:
-        for part in (plain_ioctl, flips, conversions_per_second, drain, memory):
+        for part in (plain_ioctl, flips, conversions_per_second, drain, memory, drains, holds):
             say(f"{part.__name__} ...")
             figures |= part()
     except LabError as error:

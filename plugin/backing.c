@@ -58,8 +58,9 @@ static bool same_file(int fd, const struct mapping *m)
 static bool find_file_system(const struct mapping *m, struct statfs *fs)
 {
     for (int fd = 0; fd < FILES_LOOKED_AT; fd++) {
-        if (same_file(fd, m)) {
-            return !fstatfs(fd, fs);
+        /* Another thread may close it meanwhile, and its number be another file's. */
+        if (same_file(fd, m) && !fstatfs(fd, fs) && same_file(fd, m)) {
+            return true;
         }
     }
     return false;

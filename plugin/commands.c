@@ -112,7 +112,7 @@ static void cmd_configure(struct qdict *dict, struct qobject **result, struct qe
         upm_lock();
         apply_settings(&s);
         count_command();
-        worker_kick();
+        drain_at_once();
         upm_unlock();
     }
     args_free(args, text);
@@ -129,14 +129,13 @@ static bool take_records(struct excerpt *e, uint64_t cursor, uint64_t most)
 {
     uint64_t oldest;
 
-    convert_record_pending(now_ns());
+    conversion_record_pending(now_ns());
     if (cursor > upm.head) {
         return false;
     }
     oldest = ring_oldest();
     e->lost = cursor < oldest ? oldest - cursor : 0;
     cursor += e->lost;
-    e->lost += cursor < upm.gap;
     e->count = upm.head - cursor < most ? upm.head - cursor : most;
     for (uint64_t i = 0; i < e->count; i++) {
         e->records[i] = upm.ring[(cursor + i) % RING_RECORDS];

@@ -176,7 +176,7 @@ static int punch(struct part *part, uint64_t from, uint64_t end)
         uint64_t start = first;
         int error;
 
-        if (!op_shields(op->region, op->copy, &first, &pages)) {
+        if (!ops_allow_discard(op->region, op->copy, &first, &pages)) {
             from = start;
             ops_wait(); /* KVM is converting it back, or refuses to: then it is still owed */
             continue;
@@ -216,7 +216,7 @@ static int discard(struct part *part, uint64_t pages)
     }
     part->next = end;
     if (op->state == OP_EXPECT && (error || end == op->first + op->pages)) {
-        convert_record(part);
+        conversion_record(part);
         upm.count.left_alone += in_bytes(part->owed_pages);
         op_end(op);
     }
@@ -241,10 +241,8 @@ static bool in_file(const struct region *r)
 /* Whether QEMU has discarded in `fd` before: no need to ask the kernel which file it is. */
 static bool is_known(int fd)
 {
-    unsigned count;
-    const struct part *part = conversion_parts(&count);
-
-    for (; count--; part++) {
+    for (unsigned i = 0; i < mine.nparts; i++) {
+        const struct part *part = &mine.part[i];
         const struct region *r = part->op.region;
 
         if (__atomic_load_n(part->op.copy == PRIVATE ? &r->private_fd : &r->shared_fd,
@@ -258,10 +256,8 @@ static bool is_known(int fd)
 /* The part whose next discard this is, with the lock held. `st` tells the file, or is NULL. */
 static struct part *part_in_file(int fd, const struct stat *st, uint64_t offset, uint64_t bytes)
 {
-    unsigned count;
-    struct part *part = conversion_parts(&count);
-
-    for (; count--; part++) {
+    for (unsigned i = 0; i < mine.nparts; i++) {
+        struct part *part = &mine.part[i];
         struct region *r = part->op.region;
 
         if (part->op.copy == PRIVATE) {
@@ -314,10 +310,9 @@ bool discard_in_file(int fd, off64_t offset, off64_t bytes, int *result)
  * has emptied the mapping too, and what was kept stays mapped. */
 static bool is_spared(const void *start, size_t bytes, int advice)
 {
-    unsigned count;
-    struct part *part = conversion_parts(&count);
+    for (unsigned i = 0; i < mine.nparts; i++) {
+        struct part *part = &mine.part[i];
 
-    for (; count--; part++) {
         if (part->spared && part->spared == start && advice == MADV_DONTNEED
             && bytes <= (size_t)(part->spared_end - part->spared)) {
             part->spared = NULL;
@@ -329,10 +324,8 @@ static bool is_spared(const void *start, size_t bytes, int advice)
 
 static struct part *part_in_mapping(const char *start, size_t bytes, int advice)
 {
-    unsigned count;
-    struct part *part = conversion_parts(&count);
-
-    for (; count--; part++) {
+    for (unsigned i = 0; i < mine.nparts; i++) {
+        struct part *part = &mine.part[i];
         const struct region *r = part->op.region;
 
         if (part->op.copy == SHARED && r->backing == BACKING_ANONYMOUS && r->advice == advice

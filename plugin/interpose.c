@@ -134,19 +134,22 @@ static int set_region(int fd, unsigned long request, void *argument)
 {
     const struct upm_kvm_region2 *set = argument;
     int result = libc.ioctl(fd, request, argument), error = errno;
-    struct region *r = NULL;
+    bool has_memfd = set->flags & UPM_KVM_MEM_GUEST_MEMFD && set->memory_size;
     bool unknown = false, stored;
+    struct region *r = NULL;
 
     if (result) {
         return result;
     }
     upm_lock();
-    if (set->flags & UPM_KVM_MEM_GUEST_MEMFD && set->memory_size) {
+    if (has_memfd) {
         r = region_by_private_fd(set->guest_memfd);
     }
     if (r) {
         r = region_adopt(r, (char *)(set->userspace_addr - set->guest_memfd_offset));
         unknown = !r->host;
+    } else if (has_memfd) {
+        region_lose_at((char *)set->userspace_addr, set->memory_size);
     }
     stored = slot_set(set->slot, set->guest_phys_addr, set->memory_size, r,
                       set->guest_memfd_offset);

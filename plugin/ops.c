@@ -58,8 +58,8 @@ void ops_wait(void)
     }
 }
 
-/* Those who wait want the lock from now on. */
-static void wake_waiters(void)
+/* What they wait for may have come. They want the lock from now on. */
+void ops_wake(void)
 {
     if (upm.waiters) {
         __atomic_fetch_add(&upm.contenders, upm.waiters, __ATOMIC_RELAXED);
@@ -79,21 +79,27 @@ void op_begin(struct op *op)
     upm.ops = op;
 }
 
-void op_end(struct op *op)
+/* Takes it off the list, where nobody waits for its end. */
+void op_withdraw(struct op *op)
 {
     *op->link = op->next;
     if (op->next) {
         op->next->link = op->link;
     }
     __atomic_store_n(&op->state, OP_IDLE, __ATOMIC_RELEASE);
-    wake_waiters();
+}
+
+void op_end(struct op *op)
+{
+    op_withdraw(op);
+    ops_wake();
 }
 
 /* KVM has converted: from now on QEMU may ask for the discard of the copy that the guest left. */
 void op_expect(struct op *op)
 {
     op->state = OP_EXPECT;
-    wake_waiters();
+    ops_wake();
 }
 
 bool op_overlaps(const struct op *op, const struct region *r, uint64_t first, uint64_t pages)
@@ -101,12 +107,14 @@ bool op_overlaps(const struct op *op, const struct region *r, uint64_t first, ui
     return op->region == r && op->first < first + pages && first < op->first + op->pages;
 }
 
-/* Cuts [first, first + pages) down to what no conversion is making live again. Returns whether
- * anything is left; if not, `first` is where to look next. */
-bool op_shields(const struct region *r, enum copy copy, uint64_t *first, uint64_t *pages)
+/* Cuts [first, first + pages) down to what no conversion makes live again, or waits to. Returns
+ * whether anything is left; if not, `first` is where to look next. */
+bool ops_allow_discard(const struct region *r, enum copy copy, uint64_t *first, uint64_t *pages)
 {
     for (const struct op *op = upm.ops; op; op = op->next) {
-        if (op->state != OP_CONVERT || op->copy != copy || !op_overlaps(op, r, *first, *pages)) {
+        bool live = (op->state == OP_CONVERT || op->state == OP_WAIT) && op->copy == copy;
+
+        if (!live || !op_overlaps(op, r, *first, *pages)) {
             continue;
         }
         if (op->first <= *first) {

@@ -134,6 +134,14 @@ struct region *region_by_id(uint32_t id)
     return NULL;
 }
 
+static bool is_mapped_in(const struct region *r, const char *start, size_t bytes)
+{
+    const char *host = __atomic_load_n(&r->host, __ATOMIC_RELAXED);
+
+    return host && start < host + in_bytes(__atomic_load_n(&r->pages, __ATOMIC_RELAXED))
+           && host < start + bytes;
+}
+
 /* Waits until no system call of ours is in the region. Drops the lock meanwhile. */
 static void region_quiesce(const struct region *r)
 {
@@ -157,7 +165,7 @@ static void region_expect_nothing(const struct region *r, enum copy copy)
     for (struct op *op = upm.ops; op; op = next) {
         next = op->next;
         if (op->region == r && op->state == OP_EXPECT && op->copy == copy) {
-            convert_record((struct part *)op);
+            conversion_record((struct part *)op);
             ((struct part *)op)->expected = false;
             op_end(op);
         }
@@ -178,6 +186,18 @@ void region_lose(struct region *r)
     for (int c = 0; c < COPIES; c++) {
         region_expect_nothing(r, c);
         ledger_forget(r, c);
+    }
+    ops_wake(); /* conversions that wait in it need not any more */
+}
+
+/* With the lock held; drops it. A guest_memfd that we could not follow has been put beside this
+ * memory: what is stale there from before a reset may become live, and nobody would tell us. */
+void region_lose_at(const char *start, uint64_t bytes)
+{
+    for (unsigned i = 0; i < upm.nregions; i++) {
+        if (is_mapped_in(&upm.region[i], start, bytes)) {
+            region_lose(&upm.region[i]);
+        }
     }
 }
 
@@ -275,14 +295,6 @@ bool region_has_file(int fd)
         }
     }
     return false;
-}
-
-static bool is_mapped_in(const struct region *r, const char *start, size_t bytes)
-{
-    const char *host = __atomic_load_n(&r->host, __ATOMIC_RELAXED);
-
-    return host && start < host + in_bytes(__atomic_load_n(&r->pages, __ATOMIC_RELAXED))
-           && host < start + bytes;
 }
 
 bool region_is_in(const void *start, size_t bytes)

@@ -6,9 +6,18 @@
  */
 #include "upm.h"
 
+/* What was before a gap is as good as overwritten. */
 uint64_t ring_oldest(void)
 {
-    return upm.head > RING_RECORDS ? upm.head - RING_RECORDS : 0;
+    uint64_t oldest = upm.head > RING_RECORDS ? upm.head - RING_RECORDS : 0;
+
+    return oldest > upm.gap ? oldest : upm.gap;
+}
+
+/* The first record that nobody has read yet. */
+static uint64_t first_unread(void)
+{
+    return upm.sealed > upm.gap ? upm.sealed : upm.gap;
 }
 
 static bool ring_merge(const struct region *r, uint64_t first, uint64_t pages, bool to_private,
@@ -16,7 +25,7 @@ static bool ring_merge(const struct region *r, uint64_t first, uint64_t pages, b
 {
     struct record *last = &upm.ring[(upm.head - 1) % RING_RECORDS];
 
-    if (upm.head <= upm.sealed || last->region != r->id || last->to_private != to_private
+    if (upm.head <= first_unread() || last->region != r->id || last->to_private != to_private
         || last->deferred != deferred || last->first + last->pages != first
         || last->pages + pages > UINT32_MAX) {
         return false;
@@ -29,7 +38,7 @@ static bool ring_merge(const struct region *r, uint64_t first, uint64_t pages, b
 static void ring_add(const struct region *r, uint64_t first, uint64_t pages, bool to_private,
                      bool deferred, uint32_t count, uint64_t time_ns)
 {
-    if (upm.head >= RING_RECORDS && upm.sealed <= upm.head - RING_RECORDS) {
+    if (upm.head >= RING_RECORDS && first_unread() <= upm.head - RING_RECORDS) {
         upm.dropped++;
     }
     upm.ring[upm.head++ % RING_RECORDS] = (struct record) {
@@ -39,11 +48,14 @@ static void ring_add(const struct region *r, uint64_t first, uint64_t pages, boo
 }
 
 /* What has happened is too much for the record: whoever has not read up to here is to read the
- * ledger, as after records that were overwritten. */
+ * ledger, as after records that were overwritten. One number stands for all that is missing. */
 void ring_lose(void)
 {
+    uint64_t oldest = ring_oldest(), unread = first_unread();
+
+    upm.head++;
+    upm.dropped += upm.head - (unread > oldest ? unread : oldest);
     upm.gap = upm.head;
-    upm.dropped++;
 }
 
 /* A reader sees a run of neighbours as one record, with the time of the first. */

@@ -90,7 +90,7 @@ static void see_rest(struct seen *s)
     s->lease_left_ns = upm.lease_deadline > now ? upm.lease_deadline - now : 0;
     memcpy(s->stale_pages, upm.stale_of, sizeof(s->stale_pages));
     s->peak_pages = upm.peak_pages;
-    convert_record_pending(now);
+    conversion_record_pending(now);
     s->head = upm.head;
     s->oldest = ring_oldest();
     s->dropped = upm.dropped;

@@ -4,6 +4,7 @@
  *
  *   interpose.c  what QEMU calls: ioctl, fallocate, madvise, close, munmap
  *   convert.c    a conversion, on the vCPU's thread
+ *   parts.c      what that thread remembers of it
  *   discard.c    the discard that QEMU asks for after it, on the same thread
  *   ops.c        what is under way, and in which range
  *   regions.c    backings of guest RAM
@@ -121,6 +122,7 @@ struct slot {
 
 enum op_state {
     OP_IDLE,       /* not in upm.ops */
+    OP_WAIT,       /* a conversion that is to make `copy` live waits for its turn */
     OP_CONVERT,    /* KVM is making `copy` live */
     OP_EXPECT,     /* QEMU may ask for the discard of `copy`; nobody waits for this */
     OP_PUNCH,      /* a system call is discarding `copy` */
@@ -133,6 +135,7 @@ struct op {
     enum op_state state;      /* its own thread reads it without the lock */
     enum copy copy;
     uint64_t first, pages;
+    uint64_t turn;            /* of OP_WAIT: whoever has a lower one is first */
 };
 
 /*
@@ -150,6 +153,19 @@ struct part {
     uint64_t next;
     char *spared, *spared_end; /* what a discard in the file has dealt with: its own thread's */
 };
+
+/* What a thread has to remember of its last conversion, and of the slot before that. */
+struct conversion {
+    struct part *part;
+    unsigned nparts, parts_capacity;
+    uint64_t *words;          /* what the parts' owed and moved point into */
+    uint64_t words_capacity;
+    bool has_destructor;
+    /* A slot that this thread has just registered: QEMU marks it private next, which is not a
+     * conversion of the guest's. 0 bytes: none. */
+    uint64_t registered_gpa, registered_bytes;
+};
+extern __thread struct conversion mine;
 
 struct record {
     uint64_t first; /* page of the region */
@@ -199,6 +215,7 @@ struct upm {
     unsigned waiters;        /* for settled, and not woken yet */
     unsigned round;          /* how often they have been woken */
     struct op *ops;
+    uint64_t next_turn;
 
     bool active;             /* set once, before QEMU has a vCPU; atomic */
     pid_t pid;
@@ -223,7 +240,7 @@ struct upm {
     uint64_t head;           /* sequence number of the next record */
     uint64_t sealed;         /* records below were read: nothing is merged into them */
     uint64_t dropped;        /* overwritten before anybody had read them, or never recorded */
-    uint64_t gap;            /* somewhere below, records are missing; 0: nowhere */
+    uint64_t gap;            /* records are missing just below; 0: there is no gap */
 
     struct request *requests[REQUESTS_MAX];
     unsigned first_request, nrequests;
@@ -259,11 +276,13 @@ void upm_lock(void);
 void upm_unlock(void);
 void upm_breathe(void);
 void op_begin(struct op *op);
+void op_withdraw(struct op *op);
 void op_end(struct op *op);
 void op_expect(struct op *op);
 bool op_overlaps(const struct op *op, const struct region *r, uint64_t first, uint64_t pages);
-bool op_shields(const struct region *r, enum copy copy, uint64_t *first, uint64_t *pages);
+bool ops_allow_discard(const struct region *r, enum copy copy, uint64_t *first, uint64_t *pages);
 void ops_wait(void);
+void ops_wake(void);
 int op_punch(struct region *r, enum copy copy, uint64_t first, uint64_t pages);
 
 /* backing.c; without the lock */
@@ -286,6 +305,7 @@ void region_in_place(int private_fd);
 void region_unmap(const void *start, size_t bytes);
 bool region_has(const struct region *r, enum copy copy);
 void region_lose(struct region *r);
+void region_lose_at(const char *start, uint64_t bytes);
 struct region *region_by_private_fd(int fd);
 struct region *region_by_id(uint32_t id);
 void region_is_mapped(struct region *r, char *host, const struct backing_facts *f);
@@ -312,14 +332,19 @@ void ledger_forget(struct region *r, enum copy copy);
 bool ledger_next(const struct region *r, enum copy copy, uint64_t from, uint64_t end,
                  uint64_t most, uint64_t *first, uint64_t *pages);
 
-/* convert.c; without the lock, but for convert_record() and convert_record_pending() */
-int convert(int vm_fd, unsigned long request, void *argument);
+/* parts.c; parts_collect() and conversion_record*() with the lock held, the others without */
+bool parts_reserve(unsigned parts, uint64_t words);
+void parts_collect(uint64_t gpa, uint64_t end, enum copy live, unsigned *parts, uint64_t *words);
+void parts_share_words(unsigned parts);
+void parts_follow_thread(void);
 void conversion_slot_registered(uint64_t gpa, uint64_t bytes);
-void conversion_over(void);
 bool conversion_unfinished(void);
-struct part *conversion_parts(unsigned *count);
-void convert_record(struct part *part);
-void convert_record_pending(uint64_t now);
+void conversion_over(void);
+void conversion_record(struct part *part);
+void conversion_record_pending(uint64_t now);
+
+/* convert.c; without the lock */
+int convert(int vm_fd, unsigned long request, void *argument);
 
 /* discard.c; discard_expected() with the lock held, the others without */
 bool discard_expected(const struct region *r, enum copy copy);
@@ -337,6 +362,7 @@ int worker_start(void);
 void worker_stop(void);
 void worker_kick(void);        /* with the lock held */
 void lease_renew(void);        /* with the lock held */
+void drain_at_once(void);      /* with the lock held */
 void launch_begin(void);       /* with the lock held, which it drops */
 void launch_end(void);         /* without */
 int discard_next(struct region *r, enum copy copy, uint64_t *at, uint64_t end, uint64_t *counter,

@@ -101,7 +101,7 @@ int discard_next(struct region *r, enum copy copy, uint64_t *at, uint64_t end, u
            && ledger_next(r, copy, *at, end, CHUNK_PAGES, &first, &pages)) {
         int error;
 
-        if (!op_shields(r, copy, &first, &pages)) {
+        if (!ops_allow_discard(r, copy, &first, &pages)) {
             *at = first;
             continue;
         }
@@ -128,6 +128,13 @@ static struct {
     int error;                 /* in this round; 0: none */
     uint64_t wait, until;      /* after a round without progress; wait: 0 if nothing failed */
 } tour;
+
+/* What is asked for now need not wait for what could not be discarded before. */
+void drain_at_once(void)
+{
+    tour.wait = tour.until = 0;
+    worker_kick();
+}
 
 static void drain_wait(void)
 {
@@ -225,6 +232,7 @@ static void lease_expire(void)
     upm.count.lease_expiries++;
     if (!upm.keep_on_expiry) {
         upm.mode[PRIVATE] = upm.mode[SHARED] = MODE_EAGER;
+        drain_at_once();
     }
     send("X_UPM_LEASE_EXPIRED", "{\"stale\": %llu}", in_bytes(upm.stale_pages), 0);
 }

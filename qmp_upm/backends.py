@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qmp_upm.errors import CommandError, LinkError
 from qmp_upm.pages import PAGE_BYTES, PageSet, Runs
 from qmp_upm.policy import Discard
-from qmp_upm.protocol import Copy, Discarded
+from qmp_upm.protocol import Copy, Discarded, Query, read_message
 from qmp_upm.qmp import Monitor
 
 RANGES_MOST = 4096
@@ -18,7 +18,8 @@ OUTSTANDING_MOST = 8
 BUSY = "busy: "
 """How the plugin says that other clients have filled its queue."""
 ANSWER_SECONDS = 60.0
-"""After which a request that got no answer is given up, and the session with it."""
+"""After which a request that got no answer is given up, and the session with it. Not while the VM
+is being launched: the plugin then discards nothing, and a VM may wait long to be started."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,13 @@ class KvmAttributes:
         LinkError if it owes an answer for too long.
         """
         now = self._clock()
-        for request in self._outstanding.values():
-            if now - request.sent_s > ANSWER_SECONDS:
-                raise LinkError(
-                    f"no answer to discard {request.id} within {ANSWER_SECONDS:.0f} s",
-                    hint="the session is made again, and the ledger read",
-                )
+        late = [r for r in self._outstanding.values() if now - r.sent_s > ANSWER_SECONDS]
+        if late and not await self._is_launching():
+            raise LinkError(
+                f"no answer to discard {late[0].id} within {ANSWER_SECONDS:.0f} s",
+                hint="the session is made again, and the ledger read",
+            )
+        self._outstanding |= {request.id: replace(request, sent_s=now) for request in late}
         refused = []
         while self._waiting and len(self._outstanding) < OUTSTANDING_MOST:
             request = self._waiting.popleft()
@@ -146,6 +148,9 @@ class KvmAttributes:
                     break
                 refused.append((request, error))
         return refused
+
+    async def _is_launching(self) -> bool:
+        return read_message(Query, await self._monitor.execute("x-upm-query")).launching
 
     def complete(self, event: Discarded) -> Request | None:
         """The request that this event ends, or None: another client's."""

@@ -152,6 +152,12 @@ async def _query_vm(caller: Caller, arguments: VmArguments) -> object:
     return caller.host.vm(arguments.name)
 
 
+@_command("query-held", VmArguments)
+async def _query_held(caller: Caller, arguments: VmArguments) -> object:
+    """What a VM holds as the daemon knows it: bytes, runs and a digest, by copy and region."""
+    return caller.host.held_by(arguments.name)
+
+
 @_command("query-config", VmArguments)
 async def _query_config(caller: Caller, arguments: VmArguments) -> object:
     """Each setting that applies to a VM, and the file or command that it is from."""

@@ -89,9 +89,9 @@ class HostTable(_Table):
 
     budget: Bytes | None = None
     """The most stale bytes of all VMs together, divided over them; without it no such limit."""
-    discovery_interval: Seconds = 1.0
+    discovery_interval: Annotated[Seconds, Field(ge=0.01)] = 1.0
     """How often the globs of ``discovery`` are looked at."""
-    pressure_interval: Seconds = 2.0
+    pressure_interval: Annotated[Seconds, Field(ge=0.01)] = 2.0
     """How often memory pressure is read; the kernel's averages change every two seconds."""
 
 
@@ -102,7 +102,7 @@ class VmSettings(_Table):
     """The most stale bytes that the VM may hold."""
     weight: Annotated[int, Field(ge=1, le=10_000)] = 100
     """Its part of the host's budget, beside the weights of the others."""
-    lease: Seconds = 20.0
+    lease: Annotated[Seconds, Field(ge=0.1)] = 20.0
     """How long the plugin keeps copies without hearing from the daemon, which speaks up two to five
     times as often: a short lease costs an idle VM processor time, a long one holds memory after a
     crash, within the budget."""

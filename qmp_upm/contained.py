@@ -17,7 +17,7 @@ from typing import TypeVar
 from qmp_upm.clock import Clock
 from qmp_upm.errors import PolicyError, QmpUpmError
 from qmp_upm.ledger import Ledger
-from qmp_upm.policy import Batch, Decision, Policy, Pressure, checked
+from qmp_upm.policy import Batch, Decision, Measured, Policy, Pressure, checked
 from qmp_upm.stats import VmStats
 from qmp_upm.units import NSEC
 
@@ -86,6 +86,10 @@ class ContainedPolicy:
     def attached(self, ledger: Ledger) -> None:
         """The ledger has been read."""
         self._call(lambda policy: policy.attached(ledger, self._clock.monotonic_ns()))
+
+    def measured(self, discards: Measured) -> None:
+        """What discards have taken."""
+        self._call(lambda policy: policy.measured(discards))
 
     def forgotten(self, regions: frozenset[int]) -> None:
         """Regions are gone."""

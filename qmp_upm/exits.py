@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where conversions come from: the plugin's record, read from a cursor on."""
 
+import contextlib
+
 import numpy as np
 
-from qmp_upm.errors import MessageError
+from qmp_upm.errors import CommandError, MessageError
 from qmp_upm.limits import RAM_MOST
 from qmp_upm.pages import PageSet, Range
 from qmp_upm.policy import Batch
@@ -13,6 +15,8 @@ from qmp_upm.records import Records
 
 STALE_MOST = 4096
 """Ranges asked for at a time when the whole ledger is read."""
+LEDGER_TRIES = 3
+"""Times that it is begun to be read: a region may go while it is."""
 
 
 class PluginExits:
@@ -89,6 +93,15 @@ class PluginExits:
                     hint="the VM's QEMU or plugin is faulty; restart the VM",
                 )
         return records
+
+    async def read_ledger(self, ranges_most: int) -> tuple[Query, dict[Copy, PageSet]]:
+        """The plugin's state and its whole ledger. CommandError if regions go each time."""
+        for _ in range(LEDGER_TRIES - 1):
+            query = await self.query()
+            with contextlib.suppress(CommandError):  # QEMU closed a region meanwhile
+                return query, await self.read_stale(query, ranges_most)
+        query = await self.query()
+        return query, await self.read_stale(query, ranges_most)
 
     async def read_stale(self, query: Query, ranges_most: int) -> dict[Copy, PageSet]:
         """The plugin's whole ledger. MessageError if it has more ranges than there can be."""

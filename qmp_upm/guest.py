@@ -13,7 +13,7 @@ from qmp_upm.events import HostEventName, Publisher
 from qmp_upm.ledger import Ledger
 from qmp_upm.limits import KNOWN_BYTES_MOST
 from qmp_upm.pages import PAGE_BYTES, PageSet
-from qmp_upm.policy import Batch, Decision, Pressure
+from qmp_upm.policy import Batch, Decision, Measured, Pressure
 from qmp_upm.protocol import Copy, Query
 from qmp_upm.recording import BOUNDS
 from qmp_upm.remarks import Remark, remarks
@@ -217,6 +217,10 @@ class Guest:
         self._regions = known
         if gone:
             self.policy.forgotten(gone)
+        if calls := self.stats.discard_calls:
+            self.policy.measured(
+                Measured(calls, self.stats.discarded_pages, self.stats.discard_seconds)
+            )
         self.count_stale()
 
     def agrees(self, query: Query) -> bool:

@@ -22,6 +22,7 @@ from qmp_upm.credentials import ReadCredentials, read_credentials
 from qmp_upm.discovery import DESERTED_SECONDS, MONITORS_MOST, Discovery
 from qmp_upm.errors import ConfigError, UnavailableError
 from qmp_upm.events import HostEvent, HostEventName, Publisher, Subscription
+from qmp_upm.picture import Held, picture
 from qmp_upm.pressure import PressureFiles, watch_pressure
 from qmp_upm.protocol import Copy
 from qmp_upm.roster import Roster
@@ -202,6 +203,10 @@ class Host:
         if guest.share is not None:
             settings["share"] = Setting("share", guest.share, "part of [host] budget")
         return list(settings.values())
+
+    def held_by(self, name: str) -> list[Held]:
+        """What a VM holds as the daemon knows it, by copy and region."""
+        return picture(self.roster[name].guest.ledger)
 
     def subscribe(self) -> Subscription[HostEvent]:
         """The events from now on."""

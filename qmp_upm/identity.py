@@ -7,6 +7,7 @@ length has an end, and what can't be printed is replaced. The file of a VM is ca
 its name: letters, digits, ``.``, ``_`` and ``-``.
 """
 
+import contextlib
 import re
 from collections.abc import Container
 from dataclasses import dataclass
@@ -64,11 +65,11 @@ async def identify(monitor: Monitor) -> Identity:
     """Ask QEMU. MessageError if it answers what is no name."""
     name: str | None = None
     uuid = ""
-    try:
+    # A QEMU may be built without either, and be called after its socket.
+    with contextlib.suppress(CommandError):
         name = read_message(_Name, await monitor.execute("query-name", oob=False)).name
+    with contextlib.suppress(CommandError):
         uuid = read_message(_Uuid, await monitor.execute("query-uuid", oob=False)).UUID.lower()
-    except CommandError:
-        pass  # a QEMU may be built without them, and be called after its socket
     known = _UUID.fullmatch(uuid) is not None and uuid != _NO_UUID
     return Identity(name, uuid if known else None)
 

@@ -180,6 +180,12 @@ VM_FAMILIES = (
         lambda vm: vm.budget_bytes,
     ),
     Family(
+        "gauge",
+        "pressure_ratio",
+        "Share of time in which somebody waited for memory, as the VM's policy was told last.",
+        lambda vm: vm.pressure_percent / 100,
+    ),
+    Family(
         "counter",
         "dropped_records",
         "Records of conversions that the plugin overwrote before they were read.",

@@ -96,6 +96,24 @@ class Pressure:
     cgroup_memory_bytes: int | None = None
     cgroup_limit_bytes: int | None = None
 
+    @property
+    def some_percent(self) -> float:
+        """The host's or the cgroup's, whichever is more."""
+        return max(self.host_some_percent, self.cgroup_some_percent)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the VM's discards have taken on this host so far, as the plugin measures its own.
+
+    ``calls``: hole punches, of 512 pages at most; ``pages`` in all of them; ``seconds`` in all of
+    them, to a third, since the plugin counts by powers of two. QEMU's own are not among them.
+    """
+
+    calls: int
+    pages: int
+    seconds: float
+
 
 @dataclass(frozen=True)
 class Discard:
@@ -138,6 +156,9 @@ class Policy(ABC):
 
     def forgotten(self, regions: frozenset[int]) -> None:  # noqa: B027
         """These regions are gone with all their pages; whatever is known of them can go, too."""
+
+    def measured(self, discards: Measured) -> None:  # noqa: B027
+        """What discards cost here: all so far, told again every few seconds as they are made."""
 
     def detached(self) -> None:  # noqa: B027
         """The VM is gone, or the daemon leaves it."""

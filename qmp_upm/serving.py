@@ -7,12 +7,10 @@ nothing costs two to five reads in each lease.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from qmp_upm.backends import KvmAttributes, Request, Settings
 from qmp_upm.errors import (
-    CommandError,
     MessageError,
     PeerError,
     PluginMissingError,
@@ -20,9 +18,10 @@ from qmp_upm.errors import (
 )
 from qmp_upm.events import HostEventName
 from qmp_upm.exits import PluginExits
+from qmp_upm.flushing import FlushUnderWay
 from qmp_upm.guest import Guest
 from qmp_upm.limits import RECOVER_SECONDS
-from qmp_upm.pages import PAGE_BYTES, PageSet
+from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.policy import Batch, Discard
 from qmp_upm.protocol import (
     COMMANDS,
@@ -36,6 +35,8 @@ from qmp_upm.protocol import (
     Query,
 )
 from qmp_upm.qmp import Monitor
+from qmp_upm.refresh import Refresh, in_company
+from qmp_upm.stats import FEW_DISCARDS, FEW_SECONDS
 from qmp_upm.units import NSEC
 
 LEAVE_SECONDS = 2.5
@@ -48,39 +49,8 @@ RANGES_LEAST = 1 << 18
 """Ranges of a ledger that are read whatever the budget."""
 TURN_SECONDS = 0.002
 """The least time from one turn to the next, while the plugin has no backlog."""
-REFRESH_SECONDS = 3.0
-"""How old the plugin's counters may be after they have changed."""
-HOLDING_SECONDS = 30.0
-"""How old they may be while the VM holds something: QEMU may close a region without a word."""
-PATIENCE_SECONDS = 60.0
-"""The longest pause before a discard that failed is tried again."""
-RESYNC_TRIES = 3
-"""Times that the ledger is begun to be read: a region may go while it is."""
-COMPANIES = 16
-"""In which sessions do what has some time: half of them, as jitter has it."""
 DRAIN_SECONDS = 2.0
 """How long the plugin may take to give back what is above a smaller budget."""
-
-
-class _Flush:
-    """A flush under way: the requests that are not finished, and the bytes of those that are."""
-
-    def __init__(self, done: asyncio.Future[int]) -> None:
-        self.done = done
-        self.waiting: set[int] = set()
-        self.given_back = 0
-
-    def finish(self, request: int, discarded: int) -> None:
-        """One of its requests is over."""
-        if request in self.waiting:
-            self.waiting.discard(request)
-            self.given_back += discarded
-            self.settle()
-
-    def settle(self) -> None:
-        """Answer, if nothing is under way."""
-        if not self.waiting and not self.done.done():
-            self.done.set_result(self.given_back)
 
 
 class Serving:
@@ -96,17 +66,13 @@ class Serving:
             int(guest.clock.chance() * (1 << 40)) << 20,
             lambda: guest.clock.monotonic_ns() / NSEC,
         )
-        self._flushes: list[_Flush] = []
+        self._flushes: list[FlushUnderWay] = []
         self._ask_policy = True
         self._turn_ns = guest.clock.monotonic_ns()
         self._renew_ns = self._next_renewal_ns()
-        self._refresh_ns: int | None = None
+        self._refresh = Refresh(guest.clock)
         self._expired = False
         self._recover_ns = 0
-        self._refresh_soon = False
-        self._doubt = False
-        self._failures = 0
-        self._patience_ns = 0
 
     def _settings(self) -> Settings:
         settings = self._guest.settings
@@ -168,17 +134,19 @@ class Serving:
     async def _configure(self, defer: frozenset[Copy], hold_bytes: int | None) -> None:
         """Tell the plugin. What it gives back by itself for that, it tells nobody."""
         await self._backend.configure(defer, hold_bytes)
-        self._want_refresh()
+        self._refresh.want()
 
     async def drain_to(self, budget_bytes: int) -> int:
         """Wait until no more than that is stale, for a while; returns what is."""
         deadline_ns = self._guest.clock.monotonic_ns() + int(DRAIN_SECONDS * NSEC)
+        pause_s = DRAIN_SECONDS / 100
         while True:
             stale = (await self._exits.query()).stale
             held = stale.private + stale.shared
             if held <= budget_bytes or self._guest.clock.monotonic_ns() >= deadline_ns:
                 return held
-            await asyncio.sleep(DRAIN_SECONDS / 100)
+            await asyncio.sleep(pause_s)
+            pause_s *= 2  # there may be a thousand VMs that are asked this
 
     async def flush(self, copy: Copy | None, done: asyncio.Future[int]) -> None:
         """Discard what is stale now; ``done`` is told the bytes when the plugin has."""
@@ -189,7 +157,7 @@ class Serving:
                 await self._decide(batch)
         if dropped:
             await self._resynchronise()
-        flush = _Flush(done)
+        flush = FlushUnderWay(done)
         self._flushes.append(flush)
         for side in Copy if copy is None else (copy,):
             requests = self._submit(Discard(side, self._guest.ledger.stale(side), "flush"))
@@ -202,22 +170,12 @@ class Serving:
         if not self._exits.drained:
             return 0.0
         recover_ns = self._recover_ns if self._expired else None
-        dues = (self._renew_ns, self._refresh_ns, self._guest.policy.wake_at_ns, recover_ns)
+        dues = (self._renew_ns, self._refresh.due_ns, self._guest.policy.wake_at_ns, recover_ns)
         due = min(ns for ns in dues if ns is not None)
         return max((due - self._guest.clock.monotonic_ns()) / NSEC, TURN_SECONDS)
 
     def _next_renewal_ns(self) -> int:
-        return self._in(self._guest.settings.lease / 2)
-
-    def _in(self, seconds: float) -> int:
-        """After so long at most, in company.
-
-        VMs that do the same at the same time come neither all at once, which others would feel, nor
-        one by one, for each of which the daemon would wake up.
-        """
-        clock = self._guest.clock
-        due_ns = clock.monotonic_ns() + int(clock.jittered(seconds) * NSEC)
-        return due_ns - due_ns % max(1, int(seconds * NSEC) // COMPANIES)
+        return in_company(self._guest.clock, self._guest.settings.lease / 2)
 
     async def _pace(self) -> None:
         """A peer that sends events without end gets no more turns than others."""
@@ -245,7 +203,7 @@ class Serving:
         if self._wants_decision(batch):
             await self._decide(batch)
         await self._pump()
-        await self._refresh()
+        await self._look()
 
     def _wants_read(self, events: list[Event]) -> bool:
         """Whether there is something to read, the lease to renew, or a decision to be made.
@@ -301,41 +259,32 @@ class Serving:
         if refused:
             await self._resynchronise()
 
-    async def _refresh(self) -> None:
-        """The plugin's counters, some time after they have changed."""
-        if self._refresh_ns is not None and self._guest.clock.monotonic_ns() >= self._refresh_ns:
-            query = await self._exits.query()
-            self._take(query)
-            await self._compare(query)
-
-    async def _compare(self, query: Query) -> None:
-        """Read the plugin's ledger where it is not what the mirror says, as far as can be told."""
+    async def _look(self) -> None:
+        """Take the plugin's figures when it is time, and compare."""
+        if not self._refresh.is_due:
+            return
+        query = await self._exits.query()
+        self._take(query)
         quiet = query.records.head == self._exits.cursor and not self._backend.busy
-        right = quiet and self._guest.agrees(query)
-        if right:
-            self._doubt = False
-        elif quiet or self._doubt:
-            # What can't be discarded is not asked for in each turn.
-            if self._guest.clock.monotonic_ns() >= self._patience_ns:
+        if quiet and self._guest.agrees(query):
+            self._refresh.doubt = False
+            self._refresh.on_well()
+        elif quiet or self._refresh.doubt:
+            if self._refresh.is_patient:
                 await self._resynchronise()
-            self._want_refresh()
-
-    def _want_refresh(self) -> None:
-        if not self._refresh_soon:
-            self._refresh_soon = True
-            self._refresh_ns = self._in(REFRESH_SECONDS)
+                self._refresh.on_differs()
+            self._refresh.want()
 
     def _take(self, query: Query) -> None:
         self._guest.take(query)
-        self._refresh_soon = False
-        holds = query.stale.private or query.stale.shared or self._guest.ledger.stale_bytes
-        self._refresh_ns = self._in(HOLDING_SECONDS) if holds else None
+        held_bytes = query.stale.private + query.stale.shared + self._guest.ledger.stale_bytes
+        self._refresh.taken(holds=held_bytes > 0)
 
     def _follow(self, batch: Batch) -> None:
         self._guest.stats.unlisted_records += self._exits.unlisted
         self._exits.unlisted = 0
         if len(batch) or batch.dropped:
-            self._want_refresh()
+            self._refresh.want()
             self._guest.follow(batch, self._exits.cursor)
 
     async def _backlog(self) -> AsyncIterator[Batch]:
@@ -351,7 +300,7 @@ class Serving:
         """Read the plugin's ledger. MessageError if it has no end."""
         try:
             async with asyncio.timeout(RESYNC_SECONDS):
-                query, stale = await self._read_ledger()
+                query, stale = await self._exits.read_ledger(self._ranges_most())
         except TimeoutError as error:
             raise MessageError(
                 f"the plugin's ledger was not read within {RESYNC_SECONDS:.0f} s",
@@ -360,18 +309,9 @@ class Serving:
         self._backend.take_out(stale)
         self._guest.resynchronise(stale, query)
         self._take(query)
-        self._want_refresh()  # the guest went on meanwhile
-        self._doubt = False
+        self._refresh.want()  # the guest went on meanwhile
+        self._refresh.doubt = False
         self._ask_policy = True
-
-    async def _read_ledger(self) -> tuple[Query, dict[Copy, PageSet]]:
-        """The plugin's state and ledger. CommandError if regions go each time."""
-        for _ in range(RESYNC_TRIES - 1):
-            query = await self._exits.query()
-            with contextlib.suppress(CommandError):
-                return query, await self._exits.read_stale(query, self._ranges_most())
-        query = await self._exits.query()
-        return query, await self._exits.read_stale(query, self._ranges_most())
 
     def _ranges_most(self) -> int:
         """Pages of the budget, and of what may still be on its way out.
@@ -384,7 +324,7 @@ class Serving:
         if isinstance(event.data, Discarded):
             self._on_discarded(event.data)
         elif isinstance(event.data, BudgetReached):
-            self._want_refresh()
+            self._refresh.want()
             self._guest.tell_rarely(
                 HostEventName.BUDGET_REACHED, stale=event.data.stale, budget=event.data.budget
             )
@@ -401,14 +341,16 @@ class Serving:
         request = self._backend.complete(done)
         if request is None:
             return
-        self._want_refresh()
         stats, discard = self._guest.stats, request.discard
+        self._refresh.want()
+        if stats.discard_calls < FEW_DISCARDS:
+            self._refresh.want_within(FEW_SECONDS)
         stats.count_discard(discard.copy, discard.reason, done.discarded, done.skipped)
         if done.error is not None:
             stats.failed_discards += 1
-            self._on_failed()
+            self._refresh.on_failed()
         elif done.discarded:
-            self._failures = self._patience_ns = 0
+            self._refresh.on_well()
         self._guest.telemetry.line(
             "discard",
             id=done.id,
@@ -420,14 +362,6 @@ class Serving:
         for flush in self._flushes:
             flush.finish(done.id, done.discarded)
         self._flushes = [flush for flush in self._flushes if flush.waiting]
-
-    def _on_failed(self) -> None:
-        """Some of it is still stale: after a pause, twice as long each time, the ledger is read."""
-        self._doubt = True
-        if not self._patience_ns or self._guest.clock.monotonic_ns() >= self._patience_ns:
-            pause_s = min(REFRESH_SECONDS * 2**self._failures / 2, PATIENCE_SECONDS)
-            self._failures += 1
-            self._patience_ns = self._guest.clock.monotonic_ns() + int(pause_s * NSEC)
 
     async def leave(self) -> None:
         """Stopped by the operator: leave the VM as if we had never been here."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.protocol import Copy
 from qmp_upm.records import Records
 from qmp_upm.remarks import Remark
@@ -28,6 +29,10 @@ REASON_MOST = 64
 """Characters of a reason."""
 COUNTERS_MOST = 256
 """Names of counters that are kept of a plugin."""
+
+FEW_DISCARDS = 64
+FEW_SECONDS = 0.1
+"""Until so many are measured, what they cost is asked for that soon: a policy is waiting for it."""
 
 
 class State(StrEnum):
@@ -126,6 +131,23 @@ class VmStats:
     budget_bytes: int = 0
     """What the VM may hold now; its share where the host's budget is divided."""
 
+    @property
+    def discard_calls(self) -> int:
+        """Hole punches whose time is known."""
+        return sum(self.discard_ns)
+
+    @property
+    def discard_seconds(self) -> float:
+        """What all discards have taken: each as long as the middle of its bucket."""
+        halves_ns = sum((3 << i) * count for i, count in enumerate(self.discard_ns))
+        return halves_ns / 2e9
+
+    @property
+    def discarded_pages(self) -> int:
+        """In those: the policy's, and the plugin's by itself. QEMU's own it does not time."""
+        kinds = (f"{kind}-bytes-{copy}" for kind in ("requested", "failsafe") for copy in Copy)
+        return sum(self.plugin_counters.get(kind, 0) for kind in kinds) // PAGE_BYTES
+
     def count_discard(self, copy: Copy, reason: str, discarded: int, skipped: int) -> None:
         """A request that the plugin has finished."""
         known, reason = self.discards[copy], reason[:REASON_MOST]
@@ -179,6 +201,8 @@ class VmView(BaseModel):
     stale_bytes: Mapping[Copy, int]
     remarks: Sequence[Remark] = ()
     """What is not as it should be with the VM's memory; an older daemon does not say."""
+    pressure_percent: float = 0.0
+    """Of the last ten seconds in which somebody waited for memory, as its policy was told last."""
     stats: VmStats
 
 

@@ -110,6 +110,7 @@ class Session:
             budget_bytes=guest.budget_bytes,
             stale_bytes=dict(guest.stats.stale_bytes),
             remarks=guest.remarks,
+            pressure_percent=guest.pressure.some_percent,
             stats=guest.stats.snapshot(),
         )
 

@@ -132,9 +132,10 @@ def _hasten(session: Session) -> None:
     serving = session._serving
     if serving is not None and session.state is State.ATTACHED:
         now_ns = session._clock.monotonic_ns()
-        if serving._refresh_ns is not None:
-            serving._refresh_ns = min(now_ns, serving._refresh_ns)
-        serving._patience_ns = min(now_ns, serving._patience_ns)
+        refresh = serving._refresh
+        if refresh.due_ns is not None:
+            refresh.due_ns = min(now_ns, refresh.due_ns)
+        refresh.patience_ns = min(now_ns, refresh.patience_ns)
         serving._renew_ns = min(now_ns, serving._renew_ns)
         serving.wake()
 

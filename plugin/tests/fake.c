@@ -1,39 +1,22 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
+/* QEMU's monitor: the commands that the plugin registers, and the events that it sends. */
 #include "fake.h"
+#include "fake_kvm.h"
 
-#include "../kvm-abi.h"
 #include "../upm.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
-#include <linux/falloc.h>
-
-#define KVM_FD 1000000 /* no file: the fake answers for it */
-#define GUEST_MEMFD_MAPPABLE 3 /* GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED */
-#define HUGE_PAGE (2ull << 20)
-#define MEMORIES_MOST 64
 #define WAIT_SECONDS 60
-
-/* The interposers of interpose.c, as QEMU calls them. */
-int ioctl(int fd, unsigned long request, ...);
-int fallocate64(int fd, int mode, off64_t offset, off64_t bytes);
 
 struct fake fake = { .vm_fd = -1 };
 __thread bool in_plugin;
+pthread_mutex_t fake_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static uint8_t is_private[FAKE_PAGES];
-static pthread_mutex_t attributes_lock = PTHREAD_MUTEX_INITIALIZER, fake_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct memory *memories[MEMORIES_MOST];
-static struct libc real;
-static int real_vm = -1;
 static struct { const char *name; command_fn *fn; } registered[16];
 
 void fail(const char *format, ...)
@@ -46,16 +29,6 @@ void fail(const char *format, ...)
     fputc('\n', stderr);
     fflush(stderr);
     _exit(1);
-}
-
-static int plugin_ioctl(int fd, unsigned long request, void *argument)
-{
-    int result;
-
-    in_plugin = true;
-    result = ioctl(fd, request, argument);
-    in_plugin = false;
-    return result;
 }
 
 /* qemu.c's interface */
@@ -125,8 +98,7 @@ void qemu_event(const char *name, const char *data)
     fake.events++;
     if (!strcmp(name, "X_UPM_DISCARDED")) {
         snprintf(fake.discarded, sizeof(fake.discarded), "%s", data);
-        __atomic_store_n(&fake.discarded_id, strtoll(strchr(data, ':') + 1, NULL, 10),
-                         __ATOMIC_RELEASE);
+        fake.discarded_id = strtoll(strchr(data, ':') + 1, NULL, 10);
     }
     pthread_mutex_unlock(&fake_lock);
 }
@@ -178,6 +150,15 @@ static uint64_t number_after(const char *text, const char *key)
         fail("no %s in %s", key, text);
     }
     return strtoull(at + strlen(quoted), NULL, 10);
+}
+
+bool query_says(const char *text)
+{
+    char *reply = must("x-upm-query", "{}");
+    bool found = strstr(reply, text);
+
+    free(reply);
+    return found;
 }
 
 uint64_t query(const char *key)
@@ -243,6 +224,45 @@ bool accounting_closes(void)
     return closes;
 }
 
+static uint64_t enter_ranges(const char *reply, char *pages, uint64_t count)
+{
+    const char *at = strchr(reply, '[') + 1;
+    char *end;
+
+    while (*at == '[' || *at == ',' || *at == ' ') {
+        uint64_t first, n;
+
+        at = strchr(at, '[') + 1;
+        first = strtoull(at, &end, 10) / PAGE;
+        n = strtoull(end + 1, &end, 10) / PAGE;
+        expect(n);
+        for (; n && first < count; n--) {
+            pages[first++] = 'x';
+        }
+        at = end + 1;
+    }
+    return strtoull(strstr(at, "\"cursor\": ") + 10, NULL, 10);
+}
+
+char *ledger_of(unsigned region, const char *copy, uint64_t count)
+{
+    char *pages = malloc(count + 1);
+    uint64_t cursor = 0;
+    bool done = false;
+
+    memset(pages, '.', count);
+    pages[count] = '\0';
+    while (!done) {
+        char *reply = must("x-upm-stale", "{\"copy\": \"%s\", \"region\": %u, \"cursor\": %llu, "
+                           "\"max\": 100}", copy, region, (unsigned long long)cursor);
+
+        cursor = enter_ranges(reply, pages, count);
+        done = strstr(reply, "\"done\": true");
+        free(reply);
+    }
+    return pages;
+}
+
 void wait_for(bool (*come)(void), const char *what)
 {
     uint64_t end = now_ns() + WAIT_SECONDS * NSEC;
@@ -264,340 +284,4 @@ void drain(void)
 {
     free(must("x-upm-configure", "{\"private\": \"eager\", \"shared\": \"eager\"}"));
     wait_for(drained, "the ledger to be empty");
-}
-
-/* The kernel's side */
-
-static bool strikes(struct fault *f)
-{
-    bool hit = false;
-
-    pthread_mutex_lock(&fake_lock);
-    if (f->skip) {
-        f->skip--;
-    } else if (f->count) {
-        f->count--;
-        hit = true;
-    }
-    pthread_mutex_unlock(&fake_lock);
-    if (hit) {
-        errno = f->error;
-    }
-    return hit;
-}
-
-bool page_is_private(uint64_t gpa)
-{
-    return __atomic_load_n(&is_private[gpa / PAGE], __ATOMIC_SEQ_CST);
-}
-
-static void look_for_live(uint64_t gpa, uint64_t bytes, bool private_copy)
-{
-    for (uint64_t at = gpa; at < gpa + bytes; at += PAGE) {
-        if (page_is_private(at) == private_copy) {
-            __atomic_fetch_add(&fake.violations, 1, __ATOMIC_RELAXED);
-        }
-    }
-}
-
-/* The memory that a discard is meant for. Not under fake_lock: a block that is discarded exists. */
-static const struct memory *memory_of(int fd, const char *start)
-{
-    const struct memory *found = NULL;
-
-    pthread_mutex_lock(&fake_lock);
-    for (unsigned i = 0; i < MEMORIES_MOST; i++) {
-        const struct memory *m = memories[i];
-
-        if (m && ((fd >= 0 && (m->private_fd == fd || m->shared_fd == fd))
-                  || (fd < 0 && start >= m->shared && start < m->shared + m->bytes))) {
-            found = m;
-        }
-    }
-    pthread_mutex_unlock(&fake_lock);
-    return found;
-}
-
-static void account_punch(uint64_t bytes)
-{
-    pthread_mutex_lock(&fake_lock);
-    fake.punches++;
-    if (bytes > fake.longest_punch) {
-        fake.longest_punch = bytes;
-    }
-    pthread_mutex_unlock(&fake_lock);
-}
-
-static int fake_fallocate(int fd, int mode, off64_t offset, off64_t bytes)
-{
-    const struct memory *m = memory_of(fd, NULL);
-    bool private_copy = m && m->private_fd == fd;
-    int result;
-
-    if (mode != (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE) || !m) {
-        return real.fallocate(fd, mode, offset, bytes);
-    }
-    if (strikes(&fake.punch)) {
-        return -1;
-    }
-    if (fake.before_punch) {
-        fake.before_punch(fd, offset, bytes);
-    }
-    account_punch(bytes);
-    look_for_live(m->gpa + offset, bytes, private_copy);
-    result = real.fallocate(fd, mode, offset, bytes);
-    look_for_live(m->gpa + offset, bytes, private_copy);
-    return result;
-}
-
-static int fake_madvise(void *start, size_t bytes, int advice)
-{
-    const struct memory *m = memory_of(-1, start);
-    int result;
-
-    if (!m) {
-        return real.madvise(start, bytes, advice);
-    }
-    if (strikes(&fake.punch)) {
-        return -1;
-    }
-    if (fake.before_punch) {
-        fake.before_punch(-1, (char *)start - m->shared, bytes);
-    }
-    if (m->kind != RAM_ANONYMOUS) {
-        return real.madvise(start, bytes, advice); /* of a file: unmaps, and discards nothing */
-    }
-    account_punch(bytes);
-    look_for_live(m->gpa + ((char *)start - m->shared), bytes, false);
-    result = real.madvise(start, bytes, advice);
-    look_for_live(m->gpa + ((char *)start - m->shared), bytes, false);
-    return result;
-}
-
-static int set_attributes(const struct upm_kvm_attributes *a)
-{
-    if (fake.before_attributes) {
-        fake.before_attributes();
-    }
-    if (strikes(&fake.attributes)) {
-        return -1;
-    }
-    if (!a->size || (a->address | a->size) % PAGE || a->address + a->size < a->address) {
-        errno = EINVAL;
-        return -1;
-    }
-    pthread_mutex_lock(&attributes_lock); /* KVM's slots_lock */
-    for (uint64_t at = a->address; at < a->address + a->size; at += PAGE) {
-        if (at / PAGE < FAKE_PAGES) {
-            __atomic_store_n(&is_private[at / PAGE], !!(a->attributes & UPM_KVM_ATTRIBUTE_PRIVATE),
-                             __ATOMIC_SEQ_CST);
-        }
-    }
-    pthread_mutex_unlock(&attributes_lock);
-    return 0;
-}
-
-static int create_guest_memfd(const struct upm_kvm_create_guest_memfd *create)
-{
-    if (fake.real_guest_memfd) {
-        struct upm_kvm_create_guest_memfd mappable = {
-            .size = create->size, .flags = GUEST_MEMFD_MAPPABLE,
-        };
-
-        return real.ioctl(real_vm, UPM_KVM_CREATE_GUEST_MEMFD, &mappable);
-    }
-    int fd = memfd_create("guest_memfd", MFD_CLOEXEC);
-
-    return fd >= 0 && ftruncate(fd, create->size) ? -1 : fd;
-}
-
-static int fake_ioctl(int fd, unsigned long request, ...)
-{
-    va_list args;
-    void *argument;
-
-    va_start(args, request);
-    argument = va_arg(args, void *);
-    va_end(args);
-    if (fd != KVM_FD && fd != fake.vm_fd && !memory_of(fd, NULL)) {
-        return real.ioctl(fd, request, argument);
-    }
-    switch (request) {
-    case UPM_KVM_GET_API_VERSION:
-        return 12;
-    case UPM_KVM_CREATE_VM:
-        return open("/dev/null", O_RDWR | O_CLOEXEC);
-    case UPM_KVM_CREATE_GUEST_MEMFD:
-        return create_guest_memfd(argument);
-    case UPM_KVM_SET_ATTRIBUTES:
-        return set_attributes(argument);
-    default:
-        return 0;
-    }
-}
-
-/* Opens a VM of the default type, if its guest_memfds can be mapped (Linux 6.18). */
-static bool have_real_guest_memfd(void)
-{
-    struct upm_kvm_create_guest_memfd create = { .size = PAGE, .flags = GUEST_MEMFD_MAPPABLE };
-    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), fd;
-
-    if (kvm < 0) {
-        return false;
-    }
-    real_vm = real.ioctl(kvm, UPM_KVM_CREATE_VM, 0);
-    fd = real_vm < 0 ? -1 : real.ioctl(real_vm, UPM_KVM_CREATE_GUEST_MEMFD, &create);
-    if (fd >= 0) {
-        real.close(fd);
-    }
-    return fd >= 0;
-}
-
-void fake_start(void)
-{
-    real = libc;
-    if (fake.real_guest_memfd && !have_real_guest_memfd()) {
-        fputs("guest_memfds can't be mapped on this host\n", stderr);
-        _exit(77);
-    }
-    libc.ioctl = fake_ioctl;
-    libc.fallocate = fake_fallocate;
-    libc.madvise = fake_madvise;
-    expect(plugin_ioctl(KVM_FD, UPM_KVM_GET_API_VERSION, NULL) == 12);
-    fake.vm_fd = ioctl(KVM_FD, UPM_KVM_CREATE_VM, (void *)1);
-    expect(fake.vm_fd >= 0);
-}
-
-/* RAM, as QEMU's memory backends make it */
-
-static int shared_file(enum kind kind, uint64_t bytes)
-{
-    char name[] = "/tmp/upm-ram-XXXXXX";
-    int fd;
-
-    switch (kind) {
-    case RAM_MEMFD:
-        fd = memfd_create("memory-backend-memfd", MFD_CLOEXEC);
-        break;
-    case RAM_HUGETLB:
-        fd = memfd_create("memory-backend-memfd", MFD_CLOEXEC | MFD_HUGETLB);
-        break;
-    case RAM_FILE:
-        fd = mkstemp(name);
-        unlink(name);
-        break;
-    default:
-        return -1;
-    }
-    if (fd < 0 || ftruncate(fd, bytes)) {
-        fail("cannot make RAM: %s", strerror(errno));
-    }
-    return fd;
-}
-
-struct memory *memory_new(enum kind kind, uint64_t gpa, uint64_t bytes)
-{
-    struct upm_kvm_create_guest_memfd create = { .size = bytes };
-    struct memory *m = calloc(1, sizeof(*m));
-    unsigned i = 0;
-
-    *m = (struct memory) { .kind = kind, .gpa = gpa, .bytes = bytes };
-    m->shared_fd = shared_file(kind, bytes);
-    m->private_fd = plugin_ioctl(fake.vm_fd, UPM_KVM_CREATE_GUEST_MEMFD, &create);
-    expect(m->private_fd >= 0);
-    m->private = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, m->private_fd, 0);
-    if (kind == RAM_IN_PLACE) {
-        m->shared = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, m->private_fd, 0);
-    } else {
-        m->shared = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                         m->shared_fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS
-                                          : MAP_SHARED | MAP_NORESERVE,
-                         m->shared_fd, 0);
-    }
-    expect(m->private != MAP_FAILED);
-    expect(m->shared != MAP_FAILED);
-    pthread_mutex_lock(&fake_lock);
-    while (memories[i]) {
-        i++;
-    }
-    memories[i] = m;
-    pthread_mutex_unlock(&fake_lock);
-    return m;
-}
-
-void memory_free(struct memory *m)
-{
-    munmap(m->shared, m->bytes);
-    if (m->shared_fd >= 0) {
-        close(m->shared_fd);
-    }
-    munmap(m->private, m->bytes);
-    close(m->private_fd);
-    pthread_mutex_lock(&fake_lock);
-    for (unsigned i = 0; i < MEMORIES_MOST; i++) {
-        if (memories[i] == m) {
-            memories[i] = NULL;
-        }
-    }
-    pthread_mutex_unlock(&fake_lock);
-    free(m);
-}
-
-void slot_map(unsigned slot, const struct memory *m, uint64_t offset, uint64_t bytes, uint64_t gpa)
-{
-    struct upm_kvm_region2 set = {
-        .slot = slot, .flags = UPM_KVM_MEM_GUEST_MEMFD, .guest_phys_addr = gpa,
-        .memory_size = bytes, .userspace_addr = (uintptr_t)m->shared + offset,
-        .guest_memfd = m->private_fd, .guest_memfd_offset = offset,
-    };
-
-    expect(!plugin_ioctl(fake.vm_fd, UPM_KVM_SET_REGION2, &set));
-}
-
-void slot_unmap(unsigned slot)
-{
-    struct upm_kvm_region2 set = { .slot = slot };
-
-    expect(!ioctl(fake.vm_fd, UPM_KVM_SET_REGION2, &set));
-}
-
-int convert_only(uint64_t gpa, uint64_t bytes, bool to_private)
-{
-    struct upm_kvm_attributes a = {
-        .address = gpa, .size = bytes, .attributes = to_private ? UPM_KVM_ATTRIBUTE_PRIVATE : 0,
-    };
-
-    return ioctl(fake.vm_fd, UPM_KVM_SET_ATTRIBUTES, &a);
-}
-
-int qemu_discard(const struct memory *m, uint64_t offset, uint64_t bytes, bool now_private)
-{
-    const int punch_hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-    int result;
-
-    if (!now_private) {
-        return fallocate64(m->private_fd, punch_hole, offset, bytes);
-    }
-    if (m->kind == RAM_HUGETLB) {
-        return 0; /* QEMU leaves huge pages alone */
-    }
-    if (m->shared_fd >= 0) {
-        result = fallocate64(m->shared_fd, punch_hole, offset, bytes);
-        if (result) {
-            return result;
-        }
-    }
-    return madvise(m->shared + offset, bytes, MADV_DONTNEED);
-}
-
-int guest_convert(const struct memory *m, uint64_t offset, uint64_t bytes, bool to_private)
-{
-    int result = convert_only(m->gpa + offset, bytes, to_private);
-
-    return result ? result : qemu_discard(m, offset, bytes, to_private);
-}
-
-void vcpu_run(void)
-{
-    ioctl(fake.vm_fd, UPM_KVM_RUN, 0);
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Memory, files and threads that can't be had: `faults CASE`. Linked so that the plugin's calls of
- * the functions below come here, where the n-th of them fails.
+ * Memory, files, threads and functions that can't be had: `faults CASE`. Linked so that the plugin's
+ * calls of the functions below come here, where the n-th of them fails.
  */
 #include "fake.h"
 
@@ -13,11 +13,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
-#define MIB (1ull << 20)
 
 /* Calls until one fails; negative: none does. A call that fails is the last to. */
 static long left = -1;
+
+#define NO_FALLOCATE "FAULTS_NO_FALLOCATE"
 
 static bool fails(int error)
 {
@@ -33,7 +35,7 @@ void *__real_calloc(size_t n, size_t m);
 void *__real_realloc(void *p, size_t n);
 void *__real_mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset);
 FILE *__real_fopen(const char *name, const char *mode);
-DIR *__real_opendir(const char *name);
+void *__real_dlsym(void *handle, const char *name);
 int __real_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *), void *arg);
 void *__wrap_malloc(size_t n);
 void *__wrap_calloc(size_t n, size_t m);
@@ -41,6 +43,7 @@ void *__wrap_realloc(void *p, size_t n);
 void *__wrap_mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset);
 FILE *__wrap_fopen(const char *name, const char *mode);
 DIR *__wrap_opendir(const char *name);
+void *__wrap_dlsym(void *handle, const char *name);
 int __wrap_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *), void *arg);
 
 void *__wrap_malloc(size_t n)
@@ -68,9 +71,19 @@ FILE *__wrap_fopen(const char *name, const char *mode)
     return fails(EMFILE) ? NULL : __real_fopen(name, mode);
 }
 
+/* As where libvirt's AppArmor profile denies /proc/self/fd: always. */
 DIR *__wrap_opendir(const char *name)
 {
-    return fails(EMFILE) ? NULL : __real_opendir(name);
+    (void)name;
+    errno = EACCES;
+    return NULL;
+}
+
+/* The constructors have run when main() begins: what they are to miss is in the environment. */
+void *__wrap_dlsym(void *handle, const char *name)
+{
+    return getenv(NO_FALLOCATE) && !strcmp(name, "fallocate64") ? NULL
+                                                                : __real_dlsym(handle, name);
 }
 
 int __wrap_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *), void *arg)
@@ -131,26 +144,35 @@ static void commands(void)
     expect(guest_convert(m, 0, PAGE, true) == 0 && stale() <= PAGE);
 }
 
-/* RAM that is plugged while nothing can be had: QEMU discards there as it always did. */
+/* One block, plugged as QEMU does, with a page that is shared. */
+static struct memory *plug(void)
+{
+    struct memory *m = memory_new(RAM_MEMFD, 0, MIB);
+
+    slot_plug(0, m, 0, MIB, 0);
+    expect(!convert_only(0, MIB, false));
+    memset(m->shared, 1, MIB);
+    return m;
+}
+
+/* RAM that is plugged while nothing can be had: QEMU discards there as it does without us. */
 static void regions(void)
 {
     unsigned unknown = 0, refused = 0;
 
     fake_start();
+    vcpu_run();
     defer();
     for (long n = 0;; n++) {
         struct memory *m;
         bool hit;
 
-        m = memory_new(RAM_MEMFD, 0, MIB);
-        memory_free(m);
         fake.said = 0;
         left = n;
-        m = memory_new(RAM_MEMFD, 0, MIB);
-        slot_map(0, m, 0, MIB, 0);
+        m = plug();
         hit = left < 0;
         left = -1;
-        memset(m->shared, 1, MIB);
+        vcpu_run();
         expect(!guest_convert(m, 0, PAGE, true));
         refused += fake.said;
         if (hit && !fake.said && !stale()) {
@@ -167,6 +189,114 @@ static void regions(void)
     expect(refused && unknown);
 }
 
+static void *share_all(void *argument)
+{
+    struct memory *m = argument;
+
+    expect(!convert_only(0, m->bytes, false));
+    left = -1;
+    expect(!qemu_discard(m, 0, m->bytes, false));
+    vcpu_run();
+    return NULL;
+}
+
+/* A conversion that can't be followed, on a thread that has had none: its RAM is QEMU's own from
+ * then on, and nothing of it stale. */
+static void conversions(void)
+{
+    unsigned lost = 0;
+
+    fake_start();
+    vcpu_run();
+    defer();
+    for (long n = 0; n < 4; n++) {
+        struct memory *m = plug();
+        pthread_t thread;
+
+        vcpu_run();
+        expect(!guest_convert(m, 0, MIB, true) && stale() == MIB);
+        vcpu_run();
+        left = n;
+        pthread_create(&thread, NULL, share_all, m);
+        pthread_join(thread, NULL);
+        if (query_says("\"state\": \"lost\"")) {
+            expect(!stale() && fake.punches);
+            lost++;
+        } else {
+            expect(query("reused-bytes-shared"));
+        }
+        drain();
+        expect(m->shared[0] == 1 && m->shared[MIB - 1] == 1 && !fake.violations);
+        slot_unmap(0);
+        memory_free(m);
+        expect(accounting_closes());
+        defer();
+    }
+    expect(lost);
+}
+
+/* A slot that can't be stored comes back while copies of its RAM are stale. */
+static void lost_slot(void)
+{
+    enum { SLOTS = 64 };
+    struct memory *m, *many;
+
+    fake_start();
+    m = plug();
+    many = memory_new(RAM_MEMFD, 16 * MIB, SLOTS * PAGE);
+    for (unsigned i = 1; i < SLOTS; i++) {
+        slot_plug(i, many, i * PAGE, PAGE, many->gpa + i * PAGE);
+    }
+    vcpu_run();
+    defer();
+    expect(!guest_convert(m, 0, MIB, true) && stale() == MIB);
+    slot_unmap(0);
+    slot_plug(SLOTS, many, 0, PAGE, many->gpa);
+    left = 0;
+    slot_map(0, m, 0, MIB, 0);
+    expect(left < 0);
+    left = -1;
+    expect(!convert_only(0, MIB, true));
+    expect(fake.said == 1 && strstr(fake.last_said, "no memory to follow a memory slot"));
+    /* What we do not see converted back must not be stale. */
+    expect(!guest_convert(m, 0, MIB, false));
+    vcpu_run();
+    drain();
+    expect(!fake.violations && m->shared[0] == 1 && m->shared[MIB - 1] == 1);
+    expect(query_says("\"state\": \"lost\"") && query_says("\"state\": \"followed\""));
+    expect(!guest_convert(m, 0, PAGE, true) && !stale() && accounting_closes());
+}
+
+/* Nothing of /proc/self/fd can be read: both copies are deferred and drained. */
+static void no_descriptors(void)
+{
+    struct memory *m;
+
+    fake_start();
+    m = plug();
+    vcpu_run();
+    defer();
+    memset(m->private, 1, MIB);
+    expect(!guest_convert(m, 0, MIB / 2, true) && query("stale-shared") == MIB / 2);
+    expect(!guest_convert(m, 0, MIB / 4, false) && query("stale-private") == MIB / 4);
+    expect(!guest_convert(m, MIB / 2, MIB / 2, true) && query("stale-shared") == 3 * MIB / 4);
+    expect(!fake.punches);
+    drain();
+    expect(!stale() && fake.punches && !fake.violations);
+}
+
+/* A C library may have no fallocate64(): a program that never calls it is not ended by us. */
+static void no_fallocate(void)
+{
+    char *arguments[] = { "faults", "no-fallocate", NULL };
+
+    if (!getenv(NO_FALLOCATE)) {
+        setenv(NO_FALLOCATE, "1", 1);
+        execv("/proc/self/exe", arguments);
+    }
+    expect(!libc.fallocate && libc.close && !close(dup(0)));
+}
+
 static void worker(void)
 {
     struct memory *m;
@@ -174,16 +304,17 @@ static void worker(void)
     left = 0;
     fake_start();
     expect(fake.said == 1 && strstr(fake.last_said, "not in use: cannot start a thread"));
-    m = memory_new(RAM_MEMFD, 0, MIB);
-    slot_map(0, m, 0, MIB, 0);
-    memset(m->shared, 1, MIB);
+    m = plug();
+    vcpu_run();
     expect(!guest_convert(m, 0, PAGE, true) && fake.punches == 1 && !m->shared[0]);
 }
 
 int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); } cases[] = {
-        { "commands", commands }, { "regions", regions }, { "worker", worker },
+        { "commands", commands }, { "regions", regions }, { "conversions", conversions },
+        { "lost-slot", lost_slot }, { "no-descriptors", no_descriptors },
+        { "no-fallocate", no_fallocate }, { "worker", worker },
     };
 
     for (unsigned i = 0; argc == 2 && i < sizeof(cases) / sizeof(*cases); i++) {

@@ -2,47 +2,44 @@
 /*
  * Threads convert, write, verify and discard at random, against a byte-exact model.
  *
- *   torture KIND THREADS FLIPS SEED      KIND: memfd, file, anonymous or guest-memfd
+ *   torture KIND THREADS FLIPS SEED [SECONDS]
  *
- * A vCPU's thread holds the locks of the chunks that it converts, as a guest would, and keeps them
- * through QEMU's discard or lets go before it: the guest of a real QEMU could not, and the plugin
- * must hold even so. Beside them run a client that sends every command at random, one that makes
- * memory slots go and come back, and one that plugs and unplugs RAM.
+ * KIND: memfd, file, anonymous or guest-memfd. With SECONDS, for so long and not for FLIPS, and with
+ * more conversions of pages that others convert at the same moment.
+ *
+ * Beside the vCPUs run a client that sends every command at random, one that makes memory slots go
+ * and come back, one that plugs and unplugs RAM, and one that rebuilds the VM around the same RAM.
+ * System calls fail at random.
  */
-#include "fake.h"
+#include "torture.h"
 
-#include "../kvm-abi.h"
-
-#include <fcntl.h>
-#include <pthread.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
-#define BLOCKS 2
-#define BLOCK_PAGES 4096ull          /* 16 MiB, in two slots */
-#define PAGES (BLOCKS * BLOCK_PAGES)
-#define CHUNK 512ull
-#define CHUNKS (PAGES / CHUNK)
-#define PLUGGED_GPA (256ull << 20)
-#define WORDS (PAGE / sizeof(uint64_t))
+#define PLUGGED_GPA (256 * MIB)
+#define RACES_OF_A_LONG_RUN 62       /* for each conversion that is checked */
+#define ONE_CONVERSION (MOST_PAGES * PAGE)
 
-enum { SHARED, PRIVATE };
+struct memory *block[BLOCKS];
+enum kind kind;
+uint64_t seed;
+_Atomic unsigned data_errors, ended_threads;
+pthread_rwlock_t world = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
 
-static struct {
-    uint8_t state;
-    uint32_t written[2];
-} shadow[PAGES];                      /* guarded by the chunk's lock */
-static pthread_mutex_t chunk_lock[CHUNKS];
-static struct memory *block[BLOCKS];
-static unsigned errors, flips, finished, plugged;
-static enum kind kind;
-static uint64_t seed;
+static _Atomic unsigned finished, plugged, resets, refused;
+static unsigned flips, seconds;
+static uintptr_t threads;
+static _Atomic bool failing;
+static time_t end_time;
+/* QEMU ends where KVM refuses to mark a new slot. */
+static __thread bool in_slot_change;
 
-static uint64_t next_random(uint64_t *state)
+uint64_t next_random(uint64_t *state)
 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -50,158 +47,113 @@ static uint64_t next_random(uint64_t *state)
     return *state;
 }
 
-static uint64_t *words_of(uint64_t page, int state)
+static bool chance(unsigned one_in)
 {
-    const struct memory *m = block[page / BLOCK_PAGES];
+    static __thread uint64_t state;
 
-    return (uint64_t *)((state == PRIVATE ? m->private : m->shared) + page % BLOCK_PAGES * PAGE);
+    if (!state) {
+        state = seed * 31 + (uintptr_t)&state;
+    }
+    return next_random(&state) % one_in == 0;
 }
 
-static uint64_t pattern(uint64_t page, int state, uint32_t generation, uint64_t word)
+static int refuse_punch(int fd, uint64_t offset, uint64_t bytes)
 {
-    return ((page << 32 | generation) * 2 + state + 1) * 0x9e3779b97f4a7c15ull + word;
+    (void)fd, (void)offset, (void)bytes;
+    if (!failing || !chance(32)) {
+        return 0;
+    }
+    refused++;
+    return chance(2) ? EIO : EINTR;
 }
 
-static void write_page(uint64_t page)
+static int refuse_attributes(void)
 {
-    int state = shadow[page].state;
-    uint32_t generation = ++shadow[page].written[state];
-    uint64_t *words = words_of(page, state);
-
-    for (uint64_t i = 0; i < WORDS; i++) {
-        words[i] = pattern(page, state, generation, i);
+    if (!failing || in_slot_change || !chance(64)) {
+        return 0;
     }
+    refused++;
+    return ENOMEM;
 }
 
-static bool holds(uint64_t page, int state)
+static bool is_over(unsigned done)
 {
-    const uint64_t *words = words_of(page, state);
-
-    for (uint64_t i = 0; i < WORDS; i++) {
-        if (words[i] != pattern(page, state, shadow[page].written[state], i)) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static bool is_zero(uint64_t page, int state)
-{
-    const uint64_t *words = words_of(page, state);
-
-    return !words[0] && !memcmp(words, words + 1, PAGE - sizeof(*words));
-}
-
-static void error(void)
-{
-    __atomic_fetch_add(&errors, 1, __ATOMIC_RELAXED);
-}
-
-static void check_live(uint64_t page)
-{
-    int state = shadow[page].state;
-
-    if (!holds(page, state)) {
-        error();
-    }
-}
-
-/* Just converted: whole as it was left, or zeroes; then written anew. */
-static void arrive(uint64_t page, int to)
-{
-    if (shadow[page].state == to) {
-        check_live(page);
-        return;
-    }
-    shadow[page].state = to;
-    if (!is_zero(page, to) && !(shadow[page].written[to] && holds(page, to))) {
-        error();
-    }
-    write_page(page);
-}
-
-static void lock_chunks(uint64_t first, uint64_t pages, bool take)
-{
-    for (uint64_t c = first / CHUNK; c <= (first + pages - 1) / CHUNK; c++) {
-        if (take) {
-            pthread_mutex_lock(&chunk_lock[c]);
-        } else {
-            pthread_mutex_unlock(&chunk_lock[c]);
-        }
-    }
-}
-
-/* QEMU goes through the RAM block by block. */
-static void discard(uint64_t first, uint64_t pages, int to)
-{
-    while (pages) {
-        uint64_t at = first % BLOCK_PAGES, n = BLOCK_PAGES - at < pages ? BLOCK_PAGES - at : pages;
-
-        if (qemu_discard(block[first / BLOCK_PAGES], at * PAGE, n * PAGE, to == PRIVATE)) {
-            fail("a discard failed");
-        }
-        first += n;
-        pages -= n;
-    }
-}
-
-static void flip(uint64_t *r)
-{
-    uint64_t pages = 1 + next_random(r) % (1ull << next_random(r) % 10);
-    uint64_t first = next_random(r) % (PAGES - pages + 1);
-    int to = next_random(r) % 2;
-    bool early = next_random(r) % 2;
-
-    lock_chunks(first, pages, true);
-    for (uint64_t p = first; p < first + pages; p++) {
-        check_live(p);
-    }
-    if (convert_only(first * PAGE, pages * PAGE, to == PRIVATE)) {
-        fail("a conversion failed");
-    }
-    if (early) {
-        for (uint64_t p = first; p < first + pages; p++) {
-            arrive(p, to);
-        }
-        lock_chunks(first, pages, false);
-    }
-    discard(first, pages, to);
-    if (!early) {
-        for (uint64_t p = first; p < first + pages; p++) {
-            arrive(p, to);
-        }
-        lock_chunks(first, pages, false);
-    }
-    vcpu_run();
+    return seconds ? time(NULL) >= end_time : done >= flips;
 }
 
 static void *vcpu(void *number)
 {
     uint64_t r = seed * 1000003 + (uintptr_t)number * 7919 + 1;
 
-    for (unsigned i = 0; i < flips; i++) {
-        flip(&r);
+    for (unsigned i = 0; !is_over(i); i++) {
+        pthread_rwlock_rdlock(&world);
+        guest_flip(&r);
+        for (unsigned races = seconds ? RACES_OF_A_LONG_RUN : next_random(&r) % 8; races; races--) {
+            guest_race(&r);
+        }
+        pthread_rwlock_unlock(&world);
     }
-    __atomic_fetch_add(&finished, 1, __ATOMIC_SEQ_CST);
+    finished++;
     return NULL;
+}
+
+static bool vcpus_run(void)
+{
+    return finished < threads;
+}
+
+/* What the budget allows: the highest that was ever set, for the peak; the present one, once the
+ * backlog has come down to it. */
+static struct {
+    uint64_t now, highest;
+    bool reached;
+} budget;
+
+static void check_budget(void)
+{
+    uint64_t backlog = stale();
+
+    budget.reached |= backlog <= budget.now;
+    if (budget.reached && backlog > budget.now + ONE_CONVERSION) {
+        fail("%llu bytes are stale, and the budget is %llu", (unsigned long long)backlog,
+             (unsigned long long)budget.now);
+    }
+    if (query("peak") > budget.highest + ONE_CONVERSION) {
+        fail("the backlog's peak was %llu, and the highest budget %llu",
+             (unsigned long long)query("peak"), (unsigned long long)budget.highest);
+    }
+}
+
+static void set_budget(uint64_t bytes, const char *rest)
+{
+    /* Others convert meanwhile, by the old one or the new one. */
+    budget.highest = bytes > budget.highest ? bytes : budget.highest;
+    free(must("x-upm-configure", "{\"budget\": %llu%s}", (unsigned long long)bytes, rest));
+    budget.reached = bytes >= budget.now && budget.reached;
+    budget.now = bytes;
+}
+
+static void configure(uint64_t *r)
+{
+    static const char *const modes[] = { "eager", "defer" };
+    char rest[128];
+
+    snprintf(rest, sizeof(rest), ", \"private\": \"%s\", \"shared\": \"%s\", \"lease-ms\": %u, "
+             "\"notify-ms\": 1", modes[next_random(r) % 4 > 0], modes[next_random(r) % 4 > 0],
+             (unsigned)(next_random(r) % 20));
+    set_budget(next_random(r) % (PAGES * PAGE), rest);
 }
 
 static void client_command(uint64_t *r)
 {
     static const char *const copies[] = { "private", "shared", "both" };
-    static const char *const modes[] = { "eager", "defer" };
     char *reply, *why, text[256];
     uint64_t cursor = 0;
 
     switch (next_random(r) % 8) {
     case 0:
     case 1:
-        snprintf(text, sizeof(text), "{\"private\": \"%s\", \"shared\": \"%s\", \"budget\": %llu, "
-                 "\"lease-ms\": %u, \"notify-ms\": 1}", modes[next_random(r) % 4 > 0],
-                 modes[next_random(r) % 4 > 0],
-                 (unsigned long long)(next_random(r) % (PAGES * PAGE)),
-                 (unsigned)(next_random(r) % 20));
-        free(must("x-upm-configure", "%s", text));
+        configure(r);
         break;
     case 2:
         reply = command("x-upm-discard", "{\"id\": 1, \"copy\": \"both\", \"all\": true}", &why);
@@ -226,39 +178,51 @@ static void client_command(uint64_t *r)
         free(reply);
         free(why);
     }
+    check_budget();
     if (!accounting_closes()) {
         fail("what was deferred and what became of it differ");
     }
 }
 
-static void *client(void *threads)
+static void *client(void *unused)
 {
     uint64_t r = seed + 77;
 
-    while (__atomic_load_n(&finished, __ATOMIC_SEQ_CST) < (uintptr_t)threads) {
+    (void)unused;
+    while (vcpus_run()) {
         client_command(&r);
+        if (seconds) {
+            usleep(500);
+        }
     }
     return NULL;
 }
 
-static void map_block(int b)
+void map_slot(unsigned slot)
 {
     const uint64_t half = BLOCK_PAGES / 2 * PAGE;
+    const struct memory *m = block[slot / 2];
 
-    slot_map(2 * b, block[b], 0, half, block[b]->gpa);
-    slot_map(2 * b + 1, block[b], half, half, block[b]->gpa + half);
+    in_slot_change = true;
+    slot_plug(slot, m, slot % 2 * half, half, m->gpa + slot % 2 * half);
+    in_slot_change = false;
 }
 
-/* QEMU keeps vCPUs out of KVM while slots that overlap change: so do the chunks' locks here. */
-static void *remapper(void *threads)
+static void remap(unsigned slot)
 {
-    while (__atomic_load_n(&finished, __ATOMIC_SEQ_CST) < (uintptr_t)threads) {
-        lock_chunks(0, BLOCK_PAGES, true);
-        slot_unmap(0);
-        slot_unmap(1);
-        map_block(0);
-        lock_chunks(0, BLOCK_PAGES, false);
-        usleep(2000);
+    slot_unmap(slot);
+    map_slot(slot);
+}
+
+static void *remapper(void *unused)
+{
+    (void)unused;
+    while (vcpus_run()) {
+        pthread_rwlock_rdlock(&world);
+        guest_slot_is_private(0, remap);
+        guest_slot_is_private(1, remap);
+        pthread_rwlock_unlock(&world);
+        usleep(5000);
     }
     return NULL;
 }
@@ -274,63 +238,74 @@ static void must_hold(int fd, const char *text)
 }
 
 /* RAM that goes while its copies are stale, and files that take its numbers at once. */
-static void *plugger(void *threads)
+static void plug_and_unplug(void)
 {
     const uint64_t bytes = 64 * PAGE;
+    struct memory *m = memory_new(kind, PLUGGED_GPA, bytes);
+    int later[2];
 
-    while (__atomic_load_n(&finished, __ATOMIC_SEQ_CST) < (uintptr_t)threads) {
-        struct memory *m = memory_new(kind, PLUGGED_GPA, bytes);
-        int later[2];
-
-        slot_map(100, m, 0, bytes, PLUGGED_GPA);
-        memset(m->shared, 1, bytes);
-        guest_convert(m, 0, bytes, true);
-        memset(m->private, 2, bytes);
-        guest_convert(m, 0, bytes / 2, false);
-        slot_unmap(100);
-        memory_free(m);
-        for (int i = 0; i < 2; i++) {
-            later[i] = memfd_create("later", MFD_CLOEXEC);
-            if (pwrite(later[i], "later", 5, 0) != 5) {
-                fail("cannot write");
-            }
+    in_slot_change = true;
+    slot_plug(100, m, 0, bytes, PLUGGED_GPA);
+    in_slot_change = false;
+    memset(m->private, 2, bytes);
+    guest_convert(m, 0, bytes / 2, false);
+    memset(m->shared, 1, bytes);
+    guest_convert(m, 0, bytes, true);
+    convert_only(PLUGGED_GPA, bytes / 4, false);
+    slot_unmap(100);
+    memory_free(m);
+    for (int i = 0; i < 2; i++) {
+        later[i] = memfd_create("later", MFD_CLOEXEC);
+        if (pwrite(later[i], "later", 5, 0) != 5) {
+            fail("cannot write");
         }
-        usleep(500);
-        must_hold(later[0], "later");
-        must_hold(later[1], "later");
-        convert_only(PLUGGED_GPA, bytes, false);
-        plugged++;
+    }
+    usleep(500);
+    must_hold(later[0], "later");
+    must_hold(later[1], "later");
+    plugged++;
+}
+
+static void *plugger(void *unused)
+{
+    (void)unused;
+    while (vcpus_run()) {
+        pthread_rwlock_rdlock(&world);
+        plug_and_unplug();
+        pthread_rwlock_unlock(&world);
+        if (seconds) {
+            usleep(5000);
+        }
     }
     return NULL;
 }
 
-static uint64_t allocated(int fd)
+static void reset(void)
 {
-    struct stat st;
-
-    return fstat(fd, &st) ? 0 : st.st_blocks * 512;
+    for (unsigned slot = 0; slot < 2 * BLOCKS; slot++) {
+        slot_unmap(slot);
+    }
+    vm_reset(block, BLOCKS);
+    for (unsigned slot = 0; slot < 2 * BLOCKS; slot++) {
+        map_slot(slot);
+    }
+    usleep(2000);
+    guest_is_reset();
+    vcpu_run();
+    resets++;
 }
 
-/* The ledger is empty: what is allocated is what the guest has written and not left. */
-static void check_blocks(void)
+/* QEMU resets with its vCPUs stopped; some of their conversions wait for a discard even so. */
+static void *resetter(void *unused)
 {
-    for (int b = 0; b < BLOCKS; b++) {
-        uint64_t live[2] = { 0 };
-
-        for (uint64_t p = b * BLOCK_PAGES; p < (b + 1) * BLOCK_PAGES; p++) {
-            live[shadow[p].state] += PAGE;
-        }
-        if (kind == RAM_MEMFD && allocated(block[b]->shared_fd) != live[SHARED]) {
-            fail("shared: %llu bytes allocated, %llu live",
-                 (unsigned long long)allocated(block[b]->shared_fd),
-                 (unsigned long long)live[SHARED]);
-        }
-        if (!fake.real_guest_memfd && allocated(block[b]->private_fd) != live[PRIVATE]) {
-            fail("private: %llu bytes allocated, %llu live",
-                 (unsigned long long)allocated(block[b]->private_fd),
-                 (unsigned long long)live[PRIVATE]);
-        }
+    (void)unused;
+    while (vcpus_run()) {
+        usleep(seconds ? 500000 : 200000);
+        pthread_rwlock_wrlock(&world);
+        reset();
+        pthread_rwlock_unlock(&world);
     }
+    return NULL;
 }
 
 static void set_up(const char *name)
@@ -344,56 +319,87 @@ static void set_up(const char *name)
         }
     }
     fake_start();
-    for (uint64_t c = 0; c < CHUNKS; c++) {
-        pthread_mutex_init(&chunk_lock[c], NULL);
-    }
     for (int b = 0; b < BLOCKS; b++) {
         block[b] = memory_new(kind, b * BLOCK_PAGES * PAGE, BLOCK_PAGES * PAGE);
-        map_block(b);
+        map_slot(2 * b);
+        map_slot(2 * b + 1);
     }
-    convert_only(0, PAGES * PAGE, false);
     vcpu_run();
-    for (uint64_t p = 0; p < PAGES; p++) {
-        write_page(p);
-    }
-    free(must("x-upm-configure", "{\"private\": \"defer\", \"shared\": \"defer\", "
-              "\"budget\": 16777216, \"lease-ms\": 0}"));
+    guest_begin();
+    set_budget(16 * MIB, ", \"private\": \"defer\", \"shared\": \"defer\", \"lease-ms\": 0");
+    fake.refuse_punch = refuse_punch;
+    fake.refuse_attributes = refuse_attributes;
+    failing = true;
 }
 
-int main(int argc, char **argv)
+static bool requests_are_done(void)
 {
-    uintptr_t threads = argc == 5 ? strtoul(argv[2], NULL, 10) : 0;
-    pthread_t thread[32];
-    unsigned n = 0;
+    return fake.discarded_id == 3;
+}
 
-    if (!threads || threads > 16) {
-        fail("usage: torture memfd|file|anonymous|guest-memfd THREADS FLIPS SEED");
+/* Requests that are in the queue change the ledger, and so does an excess. */
+static void let_it_settle(void)
+{
+    char *reply = NULL, *why;
+
+    free(must("x-upm-configure", "{\"private\": \"defer\", \"shared\": \"defer\", "
+              "\"budget\": %llu, \"lease-ms\": 0}", 1ull << 40));
+    while (!reply) {
+        reply = command("x-upm-discard", "{\"id\": 3, \"copy\": \"private\", \"ranges\": "
+                        "[[1, 0, 4096]]}", &why);
+        free(why);
+        usleep(1000);
     }
-    flips = strtoul(argv[3], NULL, 10);
-    seed = strtoull(argv[4], NULL, 10) + 1;
-    set_up(argv[1]);
-    for (uintptr_t i = 0; i < threads; i++) {
-        pthread_create(&thread[n++], NULL, vcpu, (void *)i);
-    }
-    pthread_create(&thread[n++], NULL, client, (void *)threads);
-    pthread_create(&thread[n++], NULL, remapper, (void *)threads);
-    pthread_create(&thread[n++], NULL, plugger, (void *)threads);
-    while (n) {
-        pthread_join(thread[--n], NULL);
-    }
-    drain();
-    for (uint64_t p = 0; p < PAGES; p++) {
-        check_live(p);
-    }
-    check_blocks();
+    free(reply);
+    wait_for(requests_are_done, "the queue");
+}
+
+/* Writes what happened; returns whether all was well. */
+static bool report(void)
+{
     printf("{\"conversions\": %llu, \"reused_bytes\": %llu, \"requested_bytes\": %llu, "
-           "\"failsafe_bytes\": %llu, \"inline_bytes\": %llu, \"plugged\": %u, \"punches\": %u, "
-           "\"longest_punch\": %llu, \"violations\": %u, \"data_errors\": %u}\n",
+           "\"failsafe_bytes\": %llu, \"inline_bytes\": %llu, \"left_alone_bytes\": %llu, "
+           "\"plugged\": %u, \"resets\": %u, \"ended_threads\": %u, \"refused_calls\": %u, "
+           "\"punches\": %u, \"longest_punch\": %llu, \"violations\": %u, \"data_errors\": %u}\n",
            (unsigned long long)counter("conversions-to"),
            (unsigned long long)counter("reused-bytes"),
            (unsigned long long)counter("requested-bytes"),
            (unsigned long long)counter("failsafe-bytes"),
-           (unsigned long long)counter("inline-bytes"), plugged, fake.punches,
-           (unsigned long long)fake.longest_punch, fake.violations, errors);
-    return fake.violations || errors || !accounting_closes();
+           (unsigned long long)counter("inline-bytes"),
+           (unsigned long long)query("left-alone-bytes"), plugged, resets, ended_threads, refused,
+           fake.punches, (unsigned long long)fake.longest_punch, fake.violations, data_errors);
+    return !fake.violations && !data_errors && accounting_closes();
+}
+
+int main(int argc, char **argv)
+{
+    void *(*const beside[])(void *) = { client, remapper, plugger, resetter };
+    pthread_t thread[32];
+    unsigned n = 0;
+
+    threads = argc >= 5 ? strtoul(argv[2], NULL, 10) : 0;
+    if (!threads || threads > 16 || argc > 6) {
+        fail("usage: torture memfd|file|anonymous|guest-memfd THREADS FLIPS SEED [SECONDS]");
+    }
+    flips = strtoul(argv[3], NULL, 10);
+    seed = strtoull(argv[4], NULL, 10) + 1;
+    seconds = argc == 6 ? strtoul(argv[5], NULL, 10) : 0;
+    end_time = time(NULL) + seconds;
+    set_up(argv[1]);
+    for (uintptr_t i = 0; i < threads; i++) {
+        pthread_create(&thread[n++], NULL, vcpu, (void *)i);
+    }
+    for (unsigned i = 0; i < sizeof(beside) / sizeof(*beside); i++) {
+        pthread_create(&thread[n++], NULL, beside[i], NULL);
+    }
+    while (n) {
+        pthread_join(thread[--n], NULL);
+    }
+    failing = false;
+    /* As it is, with copies that are stale; and when all of them have gone. */
+    let_it_settle();
+    guest_check();
+    drain();
+    guest_check();
+    return !report();
 }

@@ -98,7 +98,8 @@ class FakeLedger:
 
     ``changed`` is called after each conversion. ``failing``: the error that discards meet while it
     is set. ``over_budget``: a conversion found no room since somebody last reset it. ``launching``:
-    no processor of the VM has run yet; nobody discards.
+    no processor of the VM has run yet: nobody discards, and what ``convert`` changes is the state
+    that the guest begins with.
     """
 
     def __init__(
@@ -141,10 +142,20 @@ class FakeLedger:
     ) -> None:
         """The guest converts a range, in ``count`` steps of equal size, one after the other."""
         region, live = self.regions[region_id], Copy.PRIVATE if to_private else Copy.SHARED
+        if self.launching:
+            self._begin_with(region, live, offset // PAGE_BYTES, (offset + size) // PAGE_BYTES)
+            return
         steps = 1 if self._is_as_one(region, live, offset, size, count) else count
         for at in range(offset, offset + size, size // steps):
             self._convert(region, live, at, size // steps, count // steps)
         self.changed()
+
+    def _begin_with(self, region: FakeRegion, live: Copy, first: int, end: int) -> None:
+        region.moves(live, first, end)
+        reused = self._remove(region, live, first, end)
+        self.counters[f"reused-bytes-{live}"] += reused * PAGE_BYTES
+        if reused:
+            self._record(region, live.other, first, end, 0)
 
     def _is_as_one(
         self, region: FakeRegion, live: Copy, offset: int, size: int, count: int

@@ -57,17 +57,23 @@ class Guest:
         backends: int = 1,
         configuration: Mapping[str, object] = DEFER,
         plugin: bool = True,
-        around: tuple[str, ...] = (),
+        before: tuple[str, ...] = (),
+        behind: tuple[str, ...] = (),
+        launched: bool = True,
     ) -> None:
-        """``around``: more preloads in front of the plugin, named from this folder."""
+        """``before`` and ``behind``: more preloads before and after the plugin, from this folder.
+
+        ``launched``: its processor has run, so that what is converted is the guest's doing.
+        """
         version = subprocess.run(
             ["qemu-system-x86_64", "--version"], check=True, text=True, capture_output=True
         ).stdout.split()[3]
         objects = [
             build.preload("../integration/convert.c"),
             build.shim(),
-            *(build.preload(f"../integration/{name}") for name in around),
+            *(build.preload(f"../integration/{name}") for name in before),
             *((plugin_path(),) if plugin else ()),
+            *(build.preload(f"../integration/{name}") for name in behind),
             build.preload("../../benchmarks/attributes.c"),
         ]
         self.errors = (folder / "stderr").open("w+")
@@ -92,20 +98,22 @@ class Guest:
         except RuntimeError as error:
             raise AssertionError((folder / "stderr").read_text()) from error
         self._plugin = plugin
-        self._launch()
-        if plugin and configuration:
-            self.cmd("x-upm-configure", **configuration)
+        try:
+            if launched:
+                self.launch()
+            if plugin and configuration:
+                self.cmd("x-upm-configure", **configuration)
+        except BaseException:
+            self.close()
+            raise
 
-    def _launch(self) -> None:
-        """Let it run for a moment: until a VM has run, its attributes are its launch's.
-
-        It is stopped again, so that nothing happens but what a test asks for.
-        """
+    def launch(self) -> None:
+        """Let it run, and stop it again, so that nothing happens but what a test asks for."""
         self.cmd("cont")
-        until(lambda: not self._launching(), "its first instruction")
+        until(lambda: not self._is_launching(), "its first instruction")
         self.cmd("stop")
 
-    def _launching(self) -> bool:
+    def _is_launching(self) -> bool:
         """What the plugin says; the one of release 0.1.0 says nothing."""
         return self._plugin and self.cmd("x-upm-query").get("launching", False)
 

@@ -87,15 +87,31 @@ class Both:
 
 
 @pytest.fixture
-def both(tmp_path: Path) -> Iterator[Both]:
-    """Both, and the loop that the monitor of the real one works on."""
+def loop() -> Iterator[None]:
+    """The monitor of the real one works on the thread's event loop."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
+    yield
+    loop.close()
+    asyncio.set_event_loop(None)
+
+
+@pytest.fixture
+def both(loop: None, tmp_path: Path) -> Iterator[Both]:  # noqa: ARG001 - there while they are
+    """Both, while their guests run."""
     real = Guest(tmp_path, *MEMFD)
     yield Both(real)
     real.close()
-    loop.close()
-    asyncio.set_event_loop(None)
+
+
+@pytest.fixture
+def launching(loop: None, tmp_path: Path) -> Iterator[Both]:  # noqa: ARG001 - there while they are
+    """Both, before their guests run."""
+    real = Guest(tmp_path, *MEMFD, launched=False)
+    both = Both(real)
+    both.fake.ledger.launching = True
+    yield both
+    real.close()
 
 
 def shape(value: Any) -> Any:
@@ -191,6 +207,26 @@ def test_ledgers_agree(both: Both, seed: int) -> None:
             copy = choose.choice(["private", "shared"])
             real, fake = both.cmd("x-upm-stale", copy=copy, region=1, cursor=0, max=5)
             assert fake == real
+
+
+def test_launches_are_alike(launching: Both) -> None:
+    """No conversion is counted, a request waits; once the guest runs, both go on from there."""
+    both = launching
+    both.convert(0, 32, private=True)
+    both.convert(8, 16, private=False)
+    assert both.cmd("x-upm-discard", id=1, copy="both", all=True) == ({"queued": 1},) * 2
+    real, fake = both.queries()
+    assert fake == real
+    assert (fake["launching"], fake["records"]["head"], fake["stale"]["peak"]) == (True, 0, 0)
+    assert both.fake.worker.due_ns() is None
+    both.real.launch()
+    both.fake.ledger.launching = False
+    both.settle()
+    both.convert(0, 32, private=True)
+    assert [data["id"] for _, data in both.events] == [1]
+    real, fake = both.queries()
+    assert fake == real
+    assert fake["counters"]["deferred-bytes-shared"] == 16 * PAGE
 
 
 def test_long_discards_go_in_chunks(both: Both) -> None:

@@ -2,8 +2,9 @@
 """What other QEMUs, hosts and guests do differently, in a stock QEMU that is told what to convert.
 
 Real: QEMU, its memory backends, the guest_memfds, the plugin. Simulated, by preloads: requests as
-QEMU 9.1 passes them (`narrow.c`), a folder of descriptors that is denied (`nofds.c`), the answer of
-the attribute ioctl, and that memory is private from which the guest's firmware runs all the same.
+QEMU 9.1 passes them (`narrow.c`), a folder of descriptors that is denied (`nofds.c`), holes that
+can't be punched (`failing.c`), the answer of the attribute ioctl, and that memory is private from
+which the guest's firmware runs all the same.
 """
 
 import asyncio
@@ -69,14 +70,40 @@ def defers_both(vm: Guest) -> None:
 
 def test_requests_as_qemu_9_1_passes_them(guest: Any) -> None:
     """An int, sign-extended: the region is found and both copies are deferred."""
-    vm = guest(*MEMFD, around=("narrow.c",))
+    vm = guest(*MEMFD, before=("narrow.c",))
     assert len(vm.regions()) == 1
     defers_both(vm)
 
 
 def test_without_a_look_at_its_descriptors(guest: Any) -> None:
     """As under libvirt's AppArmor profile: both copies of a memfd are deferred all the same."""
-    defers_both(guest(*MEMFD, around=("nofds.c",)))
+    defers_both(guest(*MEMFD, before=("nofds.c",)))
+
+
+def test_a_host_that_refuses_discards(
+    guest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't be discarded is kept, for a while; then the guest's conversions fail as ever.
+
+    The budget holds all the same, and it is over with the first discard that succeeds.
+    """
+    flag = tmp_path / "failing"
+    monkeypatch.setenv("TEST_FAILING", str(flag))
+    modes = {"private": "eager", "shared": "eager", "budget": MIB}
+    vm = guest(*MEMFD, behind=("failing.c",), configuration=modes)
+    vm.fill(FILE, AT, 4 * MIB)
+    flag.touch()
+    results = [vm.convert(AT + n * PAGE, PAGE, private=True) for n in range(0, 512, 2)]
+    assert results[:4] == [0] * 4
+    assert results[-1] != 0
+    assert [region["state"] for region in vm.regions()] == ["failing"]
+    kept = vm.cmd("x-upm-query")["stale"]
+    assert 0 < kept["shared"] == PAGE * results.count(0) <= kept["peak"] <= MIB
+    flag.unlink()
+    until(lambda: vm.stale() == (0, 0), "an empty ledger")
+    assert [region["state"] for region in vm.regions()] == ["followed"]
+    assert vm.convert(AT + MIB, MIB, private=True) == 0
+    assert vm.held(FILE, AT + MIB, MIB) == 0
 
 
 @pytest.fixture

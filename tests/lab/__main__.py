@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m tests.lab run|compare|torture|build`: real conversions, from the command line."""
+"""`python -m tests.lab run|compare|torture|launch|build`: real conversions, by command."""
 
 import argparse
 import json
@@ -14,6 +14,9 @@ from rich.table import Table
 from qmp_upm.units import format_size
 from tests.lab import build, newest
 from tests.lab.build import LabError, say
+from tests.lab.launch import is_sound, launch
+from tests.lab.launch_real import launch_real
+from tests.lab.launched import KINDS
 from tests.lab.machine import host_has_vm_type, kvm_used, run_scenarios
 from tests.lab.scenario import POLICIES, WORKLOADS, Scenario
 
@@ -51,19 +54,29 @@ def parser() -> argparse.ArgumentParser:
     )
     torture.add_argument("--vcpus", type=positive, choices=range(1, 5), default=4)
     torture.add_argument("--flips", type=positive, default=200000)
+    launches = commands.add_parser(
+        "launch", help="QEMU's own launch code for confidential guests, disturbed while it works"
+    )
+    launches.add_argument("--kind", choices=KINDS, required=True)
     for command in (run, compare):
         command.add_argument("--workload", choices=WORKLOADS, default="ovmf")
-    for command in (run, compare, torture):
+    for command in (run, compare, torture, launches):
         command.add_argument(
             "--qemu-root",
             default="",
             metavar="DIR",
             help="a system whose QEMU to use, unpacked there",
         )
+        command.add_argument("--json", action="store_true")
+    launches.add_argument(
+        "--real-attributes",
+        action="store_true",
+        help="on a KVM that converts, if need be in the lab: one mode, and some minutes",
+    )
+    for command in (run, compare, torture, launches):
         command.add_argument(
             "--out", type=Path, default=Path("lab-results"), help="folder for telemetry and logs"
         )
-        command.add_argument("--json", action="store_true")
     commands.add_parser(
         "build", help="kernel, guest, test preload and the newest QEMU, into the cache"
     )
@@ -125,8 +138,15 @@ def print_comparison(results: list[dict[str, Any]], out: Path) -> None:
         print(f"  {out / result['telemetry_file']}")
 
 
+def print_launches(result: dict[str, Any]) -> None:
+    """For a person: the runs below what they add up to."""
+    for row in result.pop("runs"):
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+    print_result(result)
+
+
 def main() -> int:
-    """Exit code 0; 1 with a hint on stderr, or if a torture had more stale than it may."""
+    """Exit code 0; 1 with a hint on stderr, or if a torture or a launch shows what must not be."""
     args = parser().parse_args()
     try:
         if args.command == "build":
@@ -161,6 +181,13 @@ def main() -> int:
             result = run_scenarios([scenario], args.out)[0]
             print(json.dumps(result)) if args.json else print_result(result)
             return int(result["peak_over_budget_bytes"] > result["conversion_most_bytes"])
+        elif args.command == "launch":
+            if args.real_attributes:
+                result = launch_real([args.kind], args.qemu_root, args.out)[0]
+            else:
+                result = launch(args.kind, args.qemu_root)
+            print(json.dumps(result)) if args.json else print_launches(result)
+            return int(not is_sound(result))
         else:
             say(f"Each policy runs {ROUNDS} times on {kvm_used()}.")
             scenarios = [

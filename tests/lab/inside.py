@@ -18,7 +18,7 @@ from tests.lab.scenario import FLIPS, LEASE_SECONDS, Scenario
 from tests.lab.told import Told
 
 # At least, and for each conversion of several processors.
-GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.005
+GUEST_SECONDS, FLIP_SECONDS = 200.0, 0.02
 # Everything is emulated: on a busy machine a Python program takes a minute to start.
 START_SECONDS = 240.0
 SETTLE_SECONDS = 60.0
@@ -389,11 +389,14 @@ def main() -> None:
     out = Path(sys.argv[1])
     from tests.lab.direct import Direct  # noqa: PLC0415 - these are kinds of Run
     from tests.lab.firmware import Firmware  # noqa: PLC0415
+    from tests.lab.launch_real import POLICY, LaunchReal  # noqa: PLC0415
+    from tests.lab.launched import KINDS  # noqa: PLC0415
     from tests.lab.table import Table  # noqa: PLC0415
     from tests.lab.torture import Torture  # noqa: PLC0415
 
     kinds = {"torture": Torture, "table": Table, "firmware": Firmware}
     kinds |= dict.fromkeys(("direct-eager", "direct-defer"), Direct)
+    kinds |= dict.fromkeys((f"{POLICY}{kind}" for kind in KINDS), LaunchReal)
     job = json.loads((out / "job.json").read_text(encoding="utf-8"))
     for number, fields in enumerate(job["scenarios"]):
         scenario = Scenario(**fields)

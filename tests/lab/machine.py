@@ -125,7 +125,8 @@ def _run_in_lab(scenarios: list[Scenario], out: Path, seconds: int) -> Path:
         f"mount --rbind /{d} '{r}/{d}'\n" for r in roots for d in ("dev", "proc", "run")
     )
     (out / "go").write_text(
-        f"{binds}cd '{ROOT}' && PATH='{os.environ['PATH']}' PYTHONDONTWRITEBYTECODE=1 TMPDIR=/run "
+        f"{binds}cd '{ROOT}' && XDG_CACHE_HOME='{build.cache().parent}' "
+        f"PATH='{os.environ['PATH']}' PYTHONDONTWRITEBYTECODE=1 TMPDIR=/run "
         f"'{sys.executable}' -m tests.lab.inside /run/lab\n",
         encoding="utf-8",
     )

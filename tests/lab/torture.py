@@ -51,7 +51,7 @@ class Torture(Direct):
         elif what == "all":
             self._discard(copy=pick(("private", "shared", "both")), all=True)
         elif what == "configure":
-            budget = pick(BUDGETS[: 2 + int(2 * min(self.done, 1.0))])
+            budget = pick(BUDGETS[: 2 + int(3 * self.done)])
             self.settled = self.settled and budget >= self.budget
             self.budget = budget
             self.configure(
@@ -59,7 +59,7 @@ class Torture(Direct):
                 **{
                     "private": pick(("eager", "defer", "defer")),
                     "shared": pick(("eager", "defer", "defer")),
-                    "lease-ms": pick((0, 20, 200, 2000)),
+                    "lease-ms": pick((0, 0, 0, 20, 200, 2000)),
                     "on-lease-expiry": pick(("eager", "eager", "keep")),
                     "notify-ms": pick((0, 1, 50)),
                 },

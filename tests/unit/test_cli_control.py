@@ -142,7 +142,7 @@ async def test_wrong_usage_is_exit_code_2(
         (("show", "x"), "there is no VM 'x'", "known: db, web"),
         (("flush", "web"), "web is not attached", "wait"),
         (("set-policy", "db", "greedy"), "there is no policy 'greedy'", "installed: lazy"),
-        (("reload",), "internal error", "see the log"),
+        pytest.param(("reload",), "internal error", "see the log", marks=pytest.mark.traceback),
     ],
 )
 async def test_refusals_come_with_the_daemon_s_hint(

@@ -8,11 +8,13 @@ the end, `tests.truth` sees; here also that the daemon comes to it by itself, in
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
 from qmp_upm.errors import UnavailableError
 from qmp_upm.host import Host
+from qmp_upm.picture import Held, digest_of
 from qmp_upm.pressure import PressureFiles
 from qmp_upm.protocol import Copy
 from qmp_upm.testing import Delay, FakeVm
@@ -44,7 +46,7 @@ async def test_budget_down_and_eager_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the plugin gives back by itself is no longer shown, with nobody asking for a look."""
-    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr("qmp_upm.refresh.REFRESH_SECONDS", 0.1)
     file = write(tmp_path, FAST + SOON + KEEP)
     async with (
         fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
@@ -63,8 +65,8 @@ async def test_a_guest_that_resets_leaves_no_ghosts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU closes its backings and makes new ones: what is shown does not add up over boots."""
-    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.05)
-    monkeypatch.setattr("qmp_upm.serving.HOLDING_SECONDS", 0.1)
+    monkeypatch.setattr("qmp_upm.refresh.REFRESH_SECONDS", 0.05)
+    monkeypatch.setattr("qmp_upm.refresh.HOLDING_SECONDS", 0.1)
     file = write(tmp_path, FAST + SOON + KEEP)
     async with (
         fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
@@ -103,7 +105,7 @@ async def test_discards_that_fail_are_made_when_they_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What could not be given back is shown, and is given back by age once the disk is well."""
-    monkeypatch.setattr("qmp_upm.serving.REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr("qmp_upm.refresh.REFRESH_SECONDS", 0.1)
     file = write(tmp_path, FAST + SOON + 'policy = { name = "lazy", max_age = "0.1 s" }\n')
     async with (
         fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
@@ -320,3 +322,23 @@ async def test_a_recording_ends_with_its_vm(tmp_path: Path) -> None:
             async with asyncio.timeout(20):
                 blocks = [block async for block in recorded]
             assert sum(len(block.records) for block in blocks) == 3
+
+
+async def test_the_picture_can_be_compared(tmp_path: Path) -> None:
+    """By copy and region, bytes and runs, with a digest that the plugin's own ranges give, too."""
+    file = write(tmp_path, FAST + SOON + KEEP)
+    async with (
+        fake_vm(name="db").listening(tmp_path / "vms" / "a.monitor") as peer,
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"db": "attached"})
+        assert host.held_by("db") == []
+        flip(peer, 5)
+        await until(lambda: shown(host) == 5 * PAGE)
+        asked = {"copy": "shared", "region": 1, "cursor": 0, "max": 100}
+        ranges = np.array(peer.plugin("x-upm-stale", asked)["ranges"])
+        digest = digest_of(ranges[:, 0], ranges[:, 1])
+        assert host.held_by("db") == [Held(Copy.SHARED, 1, 5 * PAGE, 5, digest)]
+        flip(peer, 1, 100)
+        await until(lambda: shown(host) == 6 * PAGE)
+        assert host.held_by("db")[0].digest != digest

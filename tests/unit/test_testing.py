@@ -30,6 +30,7 @@ from qmp_upm.testing import (
 )
 
 PAGE = 4096
+MSEC = 1_000_000
 MIB = 1 << 20
 
 
@@ -115,6 +116,48 @@ def test_failing_discard_is_said_and_kept(plugin: FakePlugin) -> None:
     ((_, data),) = work(plugin)
     assert (data["error"], data["discarded"]) == ("Input/output error", 0)
     assert plugin.ledger.stale(Copy.SHARED) == MIB
+
+
+def test_failing_discards_hold_up_nobody(plugin: FakePlugin, clock: Clock) -> None:
+    """After eight of them the region is QEMU's own, until one succeeds; the drain tries again."""
+    for page in range(0, 20, 2):
+        plugin.convert(1, page * PAGE, PAGE, to_private=True)
+    plugin.ledger.failing = "Input/output error"
+    plugin("x-upm-discard", {"id": 3, "copy": "shared", "all": True})
+    ((_, data),) = work(plugin)
+    assert (data["error"], plugin.ledger.counters["failed-discards"]) == ("Input/output error", 10)
+    query: Any = plugin("x-upm-query", {})
+    assert query["regions"][0]["state"] == "failing"
+    plugin.convert(1, MIB, PAGE, to_private=True)
+    assert plugin.ledger.stale(Copy.SHARED) == 10 * PAGE
+    plugin("x-upm-configure", {"shared": "eager"})
+    work(plugin)
+    assert plugin.worker.due_ns() == clock() + 100 * MSEC
+    plugin.ledger.failing = None
+    clock.advance_ms(100)
+    work(plugin)
+    query = plugin("x-upm-query", {})
+    assert (query["regions"][0]["state"], query["stale"]["shared"]) == ("followed", 0)
+
+
+def test_nothing_is_discarded_in_a_launch(plugin: FakePlugin, clock: Clock) -> None:
+    """What is converted is the state to begin with; requests and the lease's drain wait."""
+    plugin.convert(1, 0, MIB, to_private=True)
+    plugin.ledger.launching = True
+    plugin.convert(1, MIB, MIB, to_private=True)
+    plugin("x-upm-configure", {"lease-ms": 50})
+    plugin("x-upm-discard", {"id": 3, "copy": "shared", "all": True})
+    clock.advance_ms(50)
+    assert work(plugin) == [("X_UPM_LEASE_EXPIRED", {"stale": MIB})]
+    for _ in range(15):
+        plugin("x-upm-discard", {"id": 4, "copy": "shared", "all": True})
+    with pytest.raises(ReplyError, match="busy: the VM is being launched"):
+        plugin("x-upm-discard", {"id": 4, "copy": "shared", "all": True})
+    assert plugin.ledger.stale(Copy.SHARED) == MIB
+    plugin.ledger.launching = False
+    work(plugin)
+    assert plugin.ledger.stale(Copy.SHARED) == 0
+    assert plugin.ledger.counters["conversions-to-private"] == 1
 
 
 def test_closed_region_takes_its_copies_along(plugin: FakePlugin) -> None:

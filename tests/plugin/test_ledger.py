@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The ledger, the record and what a client asks for."""
+
+from collections.abc import Callable
+
+Hold = Callable[[str], None]
+
+
+def test_model(hold: Hold) -> None:
+    """The ledger is page by page what a model of the rules says, over 3,000 random steps."""
+    hold("model")
+
+
+def test_large(hold: Hold) -> None:
+    """Conversions of 400 MiB: more than is worked through in one hold of the lock."""
+    hold("large")
+
+
+def test_requests(hold: Hold) -> None:
+    """Every range of a request is done, in each copy; the queue has an end."""
+    hold("requests")
+
+
+def test_records(hold: Hold) -> None:
+    """A conversion is recorded once, also if it is read before QEMU asks for the discard."""
+    hold("records")
+
+
+def test_overrun(hold: Hold) -> None:
+    """Records that nobody has read are counted when they are overwritten."""
+    hold("overrun")
+
+
+def test_bells(hold: Hold) -> None:
+    """The bell rings once until somebody reads; the budget's event at most once a second."""
+    hold("bells")
+
+
+def test_duplicate(hold: Hold) -> None:
+    """The RAM's descriptor has a duplicate with a lower number, which is closed."""
+    hold("duplicate")
+
+
+def test_too_many(hold: Hold) -> None:
+    """More RAM than there is room for is QEMU's own, and said so."""
+    hold("too-many")
+
+
+def test_unterminated(hold: Hold) -> None:
+    """JSON that does not end is not read on behind its end."""
+    hold("unterminated")
