@@ -69,7 +69,7 @@ async def _serve(config: Config, files: PressureFiles, manager: Notifier) -> Non
         exporter = Exporter(pages(host, lag, lambda: host.ready))
         stack.push_async_callback(exporter.close)
         await exporter.start(config.metrics.listen)
-        control = ControlServer(config.control.socket, host)
+        control = ControlServer(config.control.socket, host, group=config.control.group)
         stack.push_async_callback(control.stop)
         await control.start()
         host.telemetry.start()
