@@ -70,6 +70,7 @@ class Balancer:
         self._clock = clock
         self._default = default
         self._wanted = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self._late: dict[Session, int] = {}
         self._asked: dict[Session, _Asked] = {}
 
@@ -77,10 +78,20 @@ class Balancer:
         """Something has changed that the parts depend on."""
         self._wanted.set()
 
+    async def divide_anew(self, seconds: float) -> None:
+        """Have it done now, and wait for it so long at most."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        self.want()
+        await asyncio.wait((done,), timeout=seconds)
+
     async def run(self) -> None:
         """Divide anew whenever it is wanted, until cancelled."""
         while True:
+            waiting, self._waiting = self._waiting, []
             settled = await self.balance()
+            for done in waiting:
+                done.set_result(None)
             try:
                 async with asyncio.timeout(None if settled else AGAIN_SECONDS):
                     await self._wanted.wait()

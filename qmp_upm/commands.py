@@ -194,9 +194,11 @@ async def _set_policy(caller: Caller, arguments: SetPolicyArguments) -> object:
 
 @_command("set-budget", SetBudgetArguments)
 async def _set_budget(caller: Caller, arguments: SetBudgetArguments) -> object:
-    """Change what a VM may hold, until the daemon ends or reloads."""
-    await caller.host.set_budget(arguments.name, arguments.budget)
-    return {}
+    """Change what a VM may hold, until the daemon ends or reloads. Returns what applies, bytes.
+
+    ``budget`` is less than its ``own`` where the host's budget is divided.
+    """
+    return await caller.host.set_budget(arguments.name, arguments.budget)
 
 
 @_command("flush", FlushArguments)

@@ -80,6 +80,8 @@ class ControlTable(_Table):
 
     socket: Path = CONTROL_SOCKET
     """Its path; only the daemon's user may open it."""
+    group: Annotated[str, Field(min_length=1)] | None = None
+    """A group whose members may open it, too. They can do all that the daemon can."""
 
 
 class HostTable(_Table):

@@ -168,6 +168,7 @@ class Guest:
         conversions = int(batch.records["count"].sum())
         self.stats.followed_conversions += conversions
         self.stats.dropped_records += batch.dropped
+        self.totals.follow(batch.records, cursor)
         self.count_stale()
         self._unweighed += len(batch)
         self.telemetry.line(
@@ -207,7 +208,7 @@ class Guest:
 
     def take(self, query: Query) -> None:
         """The plugin's counters, which are exact whatever was dropped on the way, and regions."""
-        self.totals.take(query.counters, query.latency_ns)
+        self.totals.take(query.counters, query.latency_ns, query.records.head)
         self.stats.peak_stale_bytes = query.stale.peak
         self.remarks = remarks(query.regions)
         known = {region.id for region in query.regions}

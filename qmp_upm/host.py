@@ -41,6 +41,8 @@ __all__ = ["Host", "HostEvent", "HostEventName", "ReloadState", "Setting", "Stat
 ASK_SECONDS = 15.0
 """How long a VM may take to do what is asked: an attempt to attach is not interrupted for it."""
 FLUSH_SECONDS = 60.0
+DIVIDE_SECONDS = 2.0
+"""How long a command waits for the parts of the host's budget that it has changed."""
 APPLY_SECONDS = 2.0
 """How long a reload waits for VMs; those that take longer follow when they can."""
 REBALANCING = (HostEventName.VM_STATE, HostEventName.VM_ADDED, HostEventName.VM_REMOVED)
@@ -149,12 +151,19 @@ class Host:
         table.factory()
         await self._ask(session, SetPolicy(table), ASK_SECONDS)
 
-    async def set_budget(self, name: str, budget_bytes: int | None) -> None:
-        """Change a VM's budget; None goes back to the configuration's."""
+    async def set_budget(self, name: str, budget_bytes: int | None) -> dict[str, int]:
+        """Change a VM's budget; None goes back to the configuration's.
+
+        Returns what applies now, ``budget``, which its part of the host's budget may hold below its
+        ``own``, both in bytes.
+        """
         if budget_bytes is not None and not 0 <= budget_bytes < 1 << 63:
             raise ConfigError(f"a budget of {budget_bytes} bytes", hint="0 or more, below 2^63")
-        await self._ask(self.roster[name], SetBudget(budget_bytes), ASK_SECONDS)
-        self._balancer.want()
+        session = self.roster[name]
+        await self._ask(session, SetBudget(budget_bytes), ASK_SECONDS)
+        await self._balancer.divide_anew(DIVIDE_SECONDS)
+        guest = session.guest
+        return {"budget": guest.budget_bytes, "own": guest.own_budget_bytes}
 
     async def flush(self, name: str, copy: Copy | None = None) -> int:
         """Give a VM's stale copies back now, of one side or both; returns the bytes.

@@ -16,6 +16,7 @@ much is left out and counted. Others are not concerned.
 | pages known | KNOWN_BYTES_MOST of our memory | forgotten; the ledger is read again |
 | names | one for a process and socket | a later one is not asked for |
 | sockets | one session for a process | the others are refused |
+| file descriptors | all but FILES_KEPT | the VM waits until others have left |
 | parts of the budget | one for a process, else a default part for a user | shared |
 | lease expiries | one in RECOVER_SECONDS | worked off together |
 | events to clients, lines of the log | one of a kind in `guest.TELL_SECONDS` | left out |
@@ -33,6 +34,8 @@ EVENTS_MOST = 1024
 """Events kept for a session."""
 ERROR_CHARACTERS = 256
 """Of a peer's error."""
+FILES_KEPT = 32
+"""File descriptors that no VM gets: control clients, metrics and telemetry need some, too."""
 RAM_MOST = 1 << 45
 """Bytes of guest RAM that a VM may say it has: memory of ours is spent on knowing its pages."""
 KNOWN_BYTES_MOST = 32 << 20

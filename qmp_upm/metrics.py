@@ -62,7 +62,7 @@ def _fates(vm: VmView) -> Values:
 def _info(vm: VmView) -> Values:
     release = _RELEASE.match(vm.qemu_version or "")
     kind = vm.vm_kind if vm.vm_kind in _VM_KINDS else "unknown"
-    return {(vm.policy, release[0] if release else "unknown", str(kind)): 1}
+    return {(vm.policy, release[0] if release else "unknown", str(kind), vm.uuid or ""): 1}
 
 
 VM_FAMILIES = (
@@ -82,9 +82,9 @@ VM_FAMILIES = (
     Family(
         "gauge",
         "vm_info",
-        "Always 1: the VM's policy, its QEMU's release and its kind.",
+        "Always 1: the VM's policy, its QEMU's release, its kind and its UUID.",
         _info,
-        ("policy", "qemu", "kind"),
+        ("policy", "qemu", "kind", "uuid"),
     ),
     Family(
         "counter",

@@ -7,6 +7,7 @@ own and only fill the queue of events.
 
 import asyncio
 import logging
+import resource
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from qmp_upm.errors import (
 )
 from qmp_upm.limits import (
     EVENTS_MOST,
+    FILES_KEPT,
     MESSAGE_BYTES_MOST,
     UNASKED_BYTES,
     UNASKED_MESSAGES,
@@ -211,6 +213,12 @@ class Monitor:
         """A connected socket. OSError if there is nobody, TakenError if the queue is full."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._link = link
+        # Descriptors are given out from the lowest on.
+        if link.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FILES_KEPT:
+            raise LinkError(
+                "the daemon has no file descriptors left for this VM",
+                hint="raise the limit, LimitNOFILE= of its unit; others are served on",
+            )
         try:
             # asyncio takes the EAGAIN of a full queue for a connection on its way (unix(7)).
             link.connect(self.socket_path)

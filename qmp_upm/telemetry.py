@@ -21,6 +21,7 @@ from typing import TextIO
 import aiofiles.os
 import structlog
 
+from qmp_upm.identity import file_stem
 from qmp_upm.rotation import CappedDirectory, older_parts
 from qmp_upm.supervision import Supervisor
 from qmp_upm.threads import DaemonThreads
@@ -42,7 +43,8 @@ class Telemetry:
 
     def __init__(self, writer: "TelemetryWriter", vm: str) -> None:
         self.vm = vm
-        self.path = writer.files.path(vm)
+        self._file = file_stem(vm)
+        self.path = writer.files.path(self._file)
         self.dirty = False
         self._writer = writer
         self._queue: deque[bytes] = deque()
@@ -84,7 +86,7 @@ class Telemetry:
         news: dict[str, object] = {"lost_lines": lost - self._told}
         said = self._encode("lines-lost", news) if lost > self._told else b""
         try:
-            files.append(self.vm, said + block)
+            files.append(self._file, said + block)
             self._told = lost
         except BaseException:
             self._failed += len(taken)

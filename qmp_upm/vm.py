@@ -220,12 +220,13 @@ class Session:
             identity = self.identity
         self.peer = monitor.peer
         admission = self._admit(self, identity)
-        if not same and (identity, monitor.peer) != (self.identity, self.served):
-            self.guest.restarted()
-            self._plugin = None
+        another = not same and (identity, monitor.peer) != (self.identity, self.served)
         self._qemu_version = monitor.qemu_version
         self.identity, self.served = identity, monitor.peer
         self.guest.admit(admission)
+        if another:
+            self.guest.restarted()
+            self._plugin = None
 
     def _reserve_share(self) -> None:
         """Without a lease from before, the VM has no part of the host's budget until it is given.

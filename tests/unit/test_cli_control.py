@@ -100,11 +100,14 @@ async def test_changes(server: ControlServer, host: Any) -> None:
     policy = ("set-policy", "db", "lazy", "max_age=5 s", "high=0.8", "list=[1, 2]")
     assert await run(server, *policy) == "db: policy lazy\n"
     assert await run(server, "set-budget", "db", "64 MiB") == "db: budget 64 MiB\n"
+    said = await run(server, "set-budget", "db", "2 TiB")
+    assert said == "db: budget 512 MiB of its own 2.0 TiB: its part of [host] budget\n"
     await run(server, "set-budget", "db", "default")
     assert await run(server, "flush", "db", "--copy", "shared") == "db: 12 KiB given back\n"
     assert host.asked == [
         ("set_policy", "db", "lazy", {"max_age": "5 s", "high": "0.8", "list": [1, 2]}),
         ("set_budget", "db", 64 << 20),
+        ("set_budget", "db", 2 << 40),
         ("set_budget", "db", None),
         ("flush", "db", Copy.SHARED),
     ]

@@ -67,11 +67,11 @@ async def test_names_are_not_trusted(tmp_path: Path) -> None:
         names = {Path(view.socket).stem: view.name for view in host.vms()}
         assert names.pop("e") != names.pop("f")
         assert names == {
-            "a": "etc_pass_wd",
+            "a": "../../etc/pass wd",
             "b": uuid,
             "c": "c",
             "d": "boss-d",
-            "g": "n" * 64,
+            "g": "n" * 128,
             "boss": "boss",
         }
         assert host.vm(uuid).uuid == uuid
@@ -344,3 +344,45 @@ async def test_a_killed_qemus_socket_is_a_vm_that_is_gone(
         assert not states(host)
         async with fake_vm(name="a").listening(path):
             await until(lambda: states(host) == {"a": "attached"})
+
+
+async def test_what_a_killed_qemu_converted_is_counted(tmp_path: Path) -> None:
+    """All that was read, though its plugin was never asked again; and the next boot flips nothing.
+
+    Metrics, followed conversions and telemetry agree to the unit.
+    """
+    file = write(tmp_path, FAST + "[defaults]\n" + KEEP)
+    async with hosting(file) as host:
+        for boot in range(3):
+            async with fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor") as peer:
+                await until(lambda: states(host) == {"web": "attached"})
+                for page in range(5):
+                    peer.plugin.convert(1, 2 * page * PAGE, PAGE, to_private=True)
+                read = 5 * (boot + 1)
+                await until(lambda wanted=read: host.vm("web").stats.followed_conversions == wanted)
+                assert sum(host.vm("web").stats.conversions.values()) == read
+                asked = peer.counts["x-upm-query"]
+            await until(lambda: states(host) != {"web": "attached"})
+            assert peer.counts["x-upm-query"] == asked
+        await until(lambda: not states(host))
+        async with fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor"):
+            await until(lambda: states(host) == {"web": "attached"})
+            stats = host.vm("web").stats
+            assert stats.conversions == {Copy.PRIVATE: 15, Copy.SHARED: 0}
+            assert stats.converted_bytes == {Copy.PRIVATE: 15 * PAGE, Copy.SHARED: 0}
+            assert stats.flips == 0
+
+
+async def test_set_budget_says_what_applies(tmp_path: Path) -> None:
+    """Above its part of the host's budget a VM gets its part, and the answer says so."""
+    file = write(tmp_path, FAST + 'budget = "8 MiB"\n[defaults]\n' + KEEP)
+    async with (
+        fake_vm(name="a").listening(tmp_path / "vms" / "a.monitor"),
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"a": "attached"})
+        answer = await host.set_budget("a", 1 << 41)
+        assert answer == {"budget": 8 * MIB, "own": 1 << 41}
+        answer = await host.set_budget("a", 2 * MIB)
+        assert answer == {"budget": 2 * MIB, "own": 2 * MIB}
+        assert host.vm("a").budget_bytes == 2 * MIB

@@ -6,6 +6,7 @@ Real: sessions, the host and its sockets. Simulated: QEMU with the plugin, which
 
 import contextlib
 import json
+import re
 import socket
 from collections import Counter
 from itertools import count
@@ -21,6 +22,7 @@ from qmp_upm.budget import Claim, _divide
 from qmp_upm.credentials import Credentials, read_credentials
 from qmp_upm.errors import CommandError
 from qmp_upm.events import HostEventName
+from qmp_upm.identity import file_stem, usable
 from qmp_upm.limits import ERROR_CHARACTERS, Allowance, printable
 from qmp_upm.stats import State
 from qmp_upm.testing import ReplyError
@@ -268,3 +270,39 @@ def test_credentials_are_those_of_who_listens(tmp_path: Path) -> None:
             link.connect(str(tmp_path / name))
             found.append(read_credentials(link))
     assert len({one.process for one in found} | {0}) == 3
+
+
+@given(st.lists(st.text(min_size=1, max_size=150), unique=True, min_size=2, max_size=2))
+def test_files_of_names_are_apart_and_stay_in_their_folder(names: list[str]) -> None:
+    """Whatever a QEMU is called, its file is in the directory, and no other VM's."""
+    stems = [file_stem(name) for name in names]
+    assert stems[0] != stems[1]
+    for stem in stems:
+        assert re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", stem)
+        assert stem[0] not in ".-"
+
+
+@given(st.text(max_size=5000))
+def test_names_are_libvirts_own(text: str) -> None:
+    """As they are, if they can be printed and are not too long."""
+    name = usable(text)
+    assert len(name) <= 128
+    assert name.isprintable()
+    if text.isprintable() and text == text.strip() and len(text) <= 128 and text.strip("_ "):
+        assert name == text
+
+
+async def test_vms_leave_descriptors_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the limit a VM waits and says why; once there is room it is served."""
+    kept = limits.FILES_KEPT
+    monkeypatch.setattr("qmp_upm.qmp.FILES_KEPT", 1 << 62)
+    with capture_logs():
+        async with fake_vm().listening(tmp_path / "sock"), running(tmp_path) as run:
+            await until(lambda: run.session.state is State.BACKOFF)
+            trouble = run.session.view().trouble
+            assert trouble is not None
+            assert "file descriptors" in trouble.error
+            monkeypatch.setattr("qmp_upm.qmp.FILES_KEPT", kept)
+            await until(lambda: run.session.state is State.ATTACHED)
