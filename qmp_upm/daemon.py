@@ -14,6 +14,7 @@ from qmp_upm.control import ControlServer
 from qmp_upm.errors import ConfigError
 from qmp_upm.exporter import Exporter
 from qmp_upm.exposition import pages
+from qmp_upm.hooks import check_hooks
 from qmp_upm.host import Host
 from qmp_upm.looplag import LoopLag
 from qmp_upm.notify import Notifier, notifier
@@ -96,7 +97,8 @@ async def _serve(config: Config, files: PressureFiles, manager: Notifier) -> Non
 def serve(config: Config, files: PressureFiles) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    ConfigError if telemetry has nowhere to go, ControlError if another daemon serves the socket.
+    ConfigError if telemetry has nowhere to go, ControlError if another daemon serves the socket,
+    InstallError if the library of QMP is not the one that this was made for.
     """
     try:
         config.telemetry.directory.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,7 @@ def serve(config: Config, files: PressureFiles) -> None:
         ) from error
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    check_hooks()
     memory.settle()
     with closing(notifier()) as manager:
         asyncio.run(_serve(config, files, manager))

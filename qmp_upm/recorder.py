@@ -3,6 +3,8 @@
 
 import asyncio
 
+import aiofiles.os
+
 from qmp_upm.client import ControlClient
 from qmp_upm.errors import ControlError
 from qmp_upm.recording import EVENT, Receiver
@@ -47,11 +49,12 @@ async def _stop(
 
 
 async def _write(client: ControlClient, vm: str, writer: TraceWriter, receiver: Receiver) -> None:
+    write = aiofiles.os.wrap(writer.write)  # a slow disk must not keep us from listening
     async for event in client.events():
         if event["event"] != EVENT or event["data"].get("vm") != vm:
             continue
         block = receiver.block(event["data"])
         if len(block.records) or block.dropped:
-            writer.write(block.records, block.now_ns, block.dropped)
+            await write(block.records, block.now_ns, block.dropped)
         if receiver.ended:
             return
