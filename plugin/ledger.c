@@ -30,9 +30,11 @@ uint64_t ledger_remove(struct region *r, enum copy copy, uint64_t first, uint64_
     return n;
 }
 
-/* The memory of one side goes, and its copies with it. */
+/* The memory of one side goes, and its copies with it. The record can't tell. */
 void ledger_forget(struct region *r, enum copy copy)
 {
+    bool any = r->stale[copy].total;
+
     for (uint64_t at = 0; at < r->pages && r->stale[copy].total; at += UPM_STRIDE_PAGES) {
         uint64_t pages = r->pages - at < UPM_STRIDE_PAGES ? r->pages - at : UPM_STRIDE_PAGES;
         uint64_t n = ledger_remove(r, copy, at, pages);
@@ -41,6 +43,9 @@ void ledger_forget(struct region *r, enum copy copy)
         if (n) {
             upm_breathe();
         }
+    }
+    if (any) {
+        ring_lose();
     }
 }
 

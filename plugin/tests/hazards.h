@@ -14,6 +14,12 @@
 /* Long enough for another thread to do what it must not do, if it would. */
 #define A_WHILE_US 50000
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED true       /* what is mapped is the sanitizer's */
+#else
+#define SANITIZED false
+#endif
+
 /* The interposers of interpose.c, as QEMU calls them. */
 int ioctl(int fd, unsigned long request, ...);
 int fallocate64(int fd, int mode, off64_t offset, off64_t bytes);

@@ -245,6 +245,56 @@ static void records(void)
     expect(counter("conversions-to") == 5);
 }
 
+/* A conversion is on record before the one that takes its pages over, though its discard comes later:
+ * who reads them in order knows what is live. */
+static void records_in_order(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+    struct vcpu *a = vcpu_new(), *b = vcpu_new();
+    char *reply, *back;
+
+    defer_up_to(MIB);
+    expect(!vcpu_convert(a, m, 0, 2, true));
+    expect(!vcpu_convert(b, m, 0, 1, false) && !vcpu_discard(b, m, 0, 1, false));
+    expect(!vcpu_discard(a, m, 0, 2, true));
+    vcpu_goes_on(a);
+    vcpu_goes_on(b);
+    reply = must("x-upm-read", "{\"cursor\": 0, \"max\": 100}");
+    back = strstr(reply, "[1, 0, 4096, 0, 1, ");
+    expect(strstr(reply, "\"records\": [[1, 0, 8192, 1, 0, ") && back);
+    expect(strstr(back, "[1, 4096, 4096, 1, 1, "));   /* kept later, and told later */
+    free(reply);
+}
+
+/* A conversion over more runs of stale pages than are worth a record each: a reader is told that it
+ * has missed something, whether it comes before or after. */
+static void many_runs(void)
+{
+    struct memory *m = start_private(RAM_MEMFD, 8 * MIB);
+    uint64_t head, missed;
+    char *reply;
+
+    defer_up_to(16 * MIB);
+    for (unsigned runs = 512; runs <= 513; runs++) {
+        expect(!guest_convert(m, 0, 8 * MIB, false) && !guest_convert(m, 0, 8 * MIB, true));
+        discard_and_wait("both", 0, 8 * MIB);
+        for (uint64_t i = 0; i < runs; i++) {
+            expect(!guest_convert(m, 2 * i * PAGE, PAGE, false));
+            expect(!guest_convert(m, 2 * i * PAGE, PAGE, true));
+        }
+        expect(query("stale-shared") == runs * PAGE);
+        head = query("head");
+        missed = query("dropped");
+        free(must("x-upm-read", "{\"cursor\": %llu, \"max\": 1}", (unsigned long long)head));
+        expect(!guest_convert(m, 0, 8 * MIB, true));
+        reply = must("x-upm-read", "{\"cursor\": %llu, \"max\": 2000}", (unsigned long long)head);
+        expect(!strstr(reply, "\"dropped\": 0") == (runs > 512));
+        expect((query("dropped") > missed) == (runs > 512));
+        free(reply);
+    }
+    expect(!fake.violations);
+}
+
 static bool lease_is_over(void)
 {
     return query("lease-expiries") == 1;
@@ -333,6 +383,7 @@ const struct hazard command_hazards[] = {
     { "budget", budget }, { "many-vcpus", many_vcpus },
     { "commands-do-not-wait", commands_do_not_wait }, { "requests", requests },
     { "served-meanwhile", served_meanwhile }, { "overrun", overrun }, { "records", records },
+    { "records-in-order", records_in_order }, { "many-runs", many_runs },
     { "lease-runs-out", lease_runs_out }, { "bells", bells }, { "unterminated", unterminated },
     { NULL, NULL },
 };

@@ -3,6 +3,7 @@
 #include "hazards.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -110,6 +111,30 @@ static void vcpus_do_not_wait(void)
     expect(!fake.violations);
 }
 
+/* 14 and 22: a large conversion that waits is not passed by for ever by small ones in its range */
+static void in_turn(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+    struct vcpu *first = vcpu_new(), *large = vcpu_new(), *later = vcpu_new();
+
+    defer_up_to(MIB);
+    shut_gate();
+    fake.before_attributes = stop_attributes;
+    vcpu_begin_convert(first, m, 0, 1, true);
+    wait_for(somebody_waits, "KVM");
+    fake.before_attributes = NULL;
+    vcpu_begin_convert(large, m, 0, 100, true);
+    usleep(A_WHILE_US);
+    vcpu_begin_convert(later, m, 50, 1, false);
+    usleep(A_WHILE_US);
+    expect(!vcpu_is_done(large) && !vcpu_is_done(later));
+    /* A discard keeps off what waits to be converted back, and nobody else waits. */
+    expect(!guest_convert(m, 200 * PAGE, PAGE, true));
+    open_gate();
+    expect(!vcpu_finish(first) && !vcpu_finish(large) && !vcpu_finish(later));
+    expect(!page_is_private(50 * PAGE) && page_is_private(51 * PAGE) && !fake.violations);
+}
+
 /* 22: what only expects a call of QEMU's holds up nobody, wherever it lies in the range */
 static void leftover(void)
 {
@@ -163,6 +188,50 @@ static void ended_threads(void)
         drain();
     }
     expect(!fake.violations && m->shared[0] == 0x5a && allocated(m->shared_fd) == 4 * MIB);
+}
+
+/* Bytes of this process's mappings, touched or not. */
+static uint64_t mapped(void)
+{
+    unsigned long long pages;
+    FILE *f = fopen("/proc/self/statm", "r");
+
+    expect(f && fscanf(f, "%llu", &pages) == 1);
+    fclose(f);
+    return pages * PAGE;
+}
+
+static void *convert_a_page(void *unused)
+{
+    (void)unused;
+    expect(!convert_only(0, PAGE, true));
+    return NULL;
+}
+
+/* 11, of the plugin's own memory: what it takes for a thread goes with the thread, and what it takes
+ * for a very large conversion with that. */
+static void threads_and_memory(void)
+{
+    const uint64_t far = 1ull << 40, large = 16ull << 30;
+    struct memory *m = start(RAM_MEMFD, MIB);
+    uint64_t before = 0;
+    pthread_t thread;
+
+    for (int i = 0; i < 1500; i++) {
+        expect(!pthread_create(&thread, NULL, convert_a_page, NULL));
+        pthread_join(thread, NULL);
+        before = i == 100 ? mapped() : before;
+    }
+    expect(SANITIZED || mapped() < before + 4 * MIB);
+    m = memory_new(RAM_MEMFD, far, large);
+    slot_plug(1, m, 0, large, far);
+    for (int i = 0; i < 20; i++) {
+        expect(!convert_only(far, 2ull << 30, false));
+        expect(!convert_only(far, large, false));
+        vcpu_run();
+        before = i == 2 ? mapped() : before;
+    }
+    expect(SANITIZED || mapped() < before + 4 * MIB);
 }
 
 /* 8 */
@@ -270,8 +339,10 @@ static void failed_conversions(void)
 
 const struct hazard conversion_hazards[] = {
     { "flipped-back", flipped_back }, { "shielded", shielded },
-    { "vcpus-do-not-wait", vcpus_do_not_wait }, { "leftover", leftover },
-    { "ended-threads", ended_threads }, { "spans-regions", spans_regions },
+    { "vcpus-do-not-wait", vcpus_do_not_wait }, { "in-turn", in_turn },
+    { "leftover", leftover },
+    { "ended-threads", ended_threads },
+    { "threads-and-memory", threads_and_memory }, { "spans-regions", spans_regions },
     { "forty-regions", forty_regions }, { "not-ram", not_ram },
     { "failed-conversions", failed_conversions }, { NULL, NULL },
 };

@@ -27,7 +27,7 @@ from tests.plugin.mutate import Mutant, by_hand, mutants
 
 MUTATED = (
     *("convert.c", "discard.c", "ops.c", "regions.c", "slots.c", "bitmap.c", "ledger.c"),
-    *("worker.c", "requests.c"),
+    *("parts.c", "worker.c", "requests.c"),
 )
 LIST = Path(__file__).with_name("mutants.toml")
 RUNS = 3

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 # Calls whose absence must be seen: into the ledger, the operations, the lock and the C library.
 CALLED = re.compile(
     r"\b(?:(?:ledger|op|ops|upm|bitmap|region|slot|slots|ring|convert|conversion|discard|launch|"
-    r"request|lease|worker|drain|pthread)_\w+|libc\.\w+|mmap|memmove|memset|free|realloc|"
+    r"request|lease|worker|drain|parts|pthread)_\w+|libc\.\w+|mmap|memmove|memset|free|realloc|"
     r"take_over|settle|settle_pages|take_range|lose_range|keep|leave|consume|no_longer_owed|"
     r"wake_waiters|set_private_fd|set_shared_fd|set_host|set_pages)\("
 )

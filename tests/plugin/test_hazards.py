@@ -93,6 +93,11 @@ def test_hazard_11_many_vcpus(hold: Hold) -> None:
     hold("many-vcpus")
 
 
+def test_hazard_11_threads_and_memory(hold: Hold) -> None:
+    """Hazard 11: the plugin's own memory for a thread, or for a large conversion, goes with it."""
+    hold("threads-and-memory")
+
+
 def test_hazard_12_notifications_pass(hold: Hold) -> None:
     """Hazard 12: DMA is unmapped before any discard of the copy, and ends nothing."""
     hold("notifications-pass")
@@ -126,6 +131,11 @@ def test_hazard_13_strangers_close(hold: Hold) -> None:
 def test_hazard_14_vcpus_do_not_wait(hold: Hold) -> None:
     """Hazard 14: QEMU converts on several vCPUs at once; only the same range waits."""
     hold("vcpus-do-not-wait")
+
+
+def test_hazard_14_in_turn(hold: Hold) -> None:
+    """Hazard 14: a large conversion that waits has its turn before small ones that come later."""
+    hold("in-turn")
 
 
 def test_hazard_15_commands_do_not_wait(hold: Hold) -> None:
