@@ -325,7 +325,7 @@ async def test_everything_is_given_back_in_one_request(tmp_path: Path) -> None:
     policy = {"name": "lazy", "pressure": 10.0}
     async with (
         fake_vm().listening(tmp_path / "sock") as peer,
-        running(tmp_path, policy=policy) as run,
+        running(tmp_path, policy=policy, lease="60 s") as run,
     ):
         await until(lambda: run.session.state is State.ATTACHED)
         for page in range(0, 16384, 2):
