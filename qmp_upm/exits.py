@@ -5,8 +5,8 @@ import contextlib
 
 import numpy as np
 
-from qmp_upm.errors import CommandError, MessageError
-from qmp_upm.limits import RAM_MOST
+from qmp_upm.errors import CommandError, ExcessError, MessageError
+from qmp_upm.limits import RAM_MOST, UNLISTED_MOST
 from qmp_upm.pages import PageSet, Range
 from qmp_upm.policy import Batch
 from qmp_upm.protocol import READ_MOST, Copy, Query, Read, StaleRanges, read_message
@@ -27,6 +27,7 @@ class PluginExits:
         self._sizes: dict[int, int] = {}
         self.cursor = 0
         self.drained = True
+        self._excess = 0
         self.unlisted = 0
         """Records left out, as of regions that QEMU did not list."""
 
@@ -84,6 +85,13 @@ class PluginExits:
         if unlisted := regions - self._sizes.keys():
             listed = ~np.isin(records["region"], list(unlisted))
             self.unlisted += int(len(records) - listed.sum())
+            self._excess += int(len(records) - listed.sum())
+            if self._excess > UNLISTED_MOST:
+                raise ExcessError(
+                    "x-upm-read: QEMU records conversions without end in memory that it does not "
+                    "list",
+                    hint="the VM's QEMU or plugin is faulty, or hostile; restart the VM",
+                )
             records = records[listed]
         for region in regions - unlisted:
             own = records[records["region"] == region]

@@ -12,7 +12,7 @@ much is left out and counted. Others are not concerned.
 | events that wait for the session | EVENTS_MOST | dropped; the whole ledger is read again |
 | an error's text | ERROR_CHARACTERS, printable | cut, in log, state and telemetry |
 | guest RAM | RAM_MOST, in regions that x-upm-query lists | the session ends |
-| records of other regions | none | left out, and counted |
+| records of other regions | UNLISTED_MOST | left out and counted, then the session ends |
 | pages known | KNOWN_BYTES_MOST of our memory | forgotten; the ledger is read again |
 | names | one for a process and socket | a later one is not asked for |
 | sockets | one session for a process | the others are refused |
@@ -38,6 +38,8 @@ FILES_KEPT = 32
 """File descriptors that no VM gets: control clients, metrics and telemetry need some, too."""
 RAM_MOST = 1 << 45
 """Bytes of guest RAM that a VM may say it has: memory of ours is spent on knowing its pages."""
+UNLISTED_MOST = 1 << 16
+"""Records of regions that QEMU does not list: some come of a region that has just gone."""
 KNOWN_BYTES_MOST = 32 << 20
 """Bytes of our memory for the pages that a guest has converted since it was started."""
 UNASKED_MESSAGES = 2000

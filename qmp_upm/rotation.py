@@ -64,7 +64,8 @@ class CappedDirectory:
             present = 0
         if not present:
             self._thin_out()
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        file = os.open(path, flags, FILE_MODE)
         try:
             size = os.fstat(file).st_size
             # A daemon that was killed left a torn line: it must spoil no other.

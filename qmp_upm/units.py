@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sizes and durations as people write them: ``"64 MiB"``, ``"50 ms"``."""
 
+import json
 import re
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -85,6 +87,26 @@ def format_duration(seconds: float) -> str:
         if count:
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2])
+
+
+SIZES = frozenset({"budget", "share", "hold_bytes", "max_bytes"})
+TIMES = frozenset({"lease", "notify", "max_age", "max_delay"})
+
+
+def format_setting(key: str, value: object) -> str:
+    """A setting as a person writes it: sizes and times with their units, else as in JSON."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key in SIZES:
+            return format_size(int(value))
+        if key in TIMES:
+            return format_seconds(value)
+    if isinstance(value, Mapping):
+        parts = ((name, format_setting(name, one), one) for name, one in value.items())
+        return ", ".join(
+            f"{name} = {{ {text} }}" if isinstance(one, Mapping) else f"{name} = {text}"
+            for name, text, one in parts
+        )
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 Bytes = Annotated[

@@ -48,6 +48,7 @@ def show(
     """Print what a configuration says of a VM, and where. The daemon need not run."""
     from qmp_upm.configfile import load_config  # noqa: PLC0415
     from qmp_upm.settings import configured  # noqa: PLC0415
+    from qmp_upm.units import format_setting  # noqa: PLC0415
 
     settings = configured(load_config(config), vm)
     if as_json:
@@ -55,4 +56,5 @@ def show(
         return
     width = max(len(setting.key) for setting in settings)
     for setting in settings:
-        typer.echo(f"{setting.key:{width}}  {json.dumps(setting.value)}  # {setting.source}")
+        value = format_setting(setting.key, setting.value)
+        typer.echo(f"{setting.key:{width}}  {value}  # {setting.source}")

@@ -4,7 +4,6 @@
 Names and errors come from QEMU: what could steer a terminal is taken out, and nothing is markup.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -15,8 +14,10 @@ from rich.text import Text
 
 from qmp_upm.protocol import Copy
 from qmp_upm.stats import State, VmStats, VmView
-from qmp_upm.units import NSEC, format_duration, format_seconds, format_size
+from qmp_upm.units import NSEC, format_duration, format_seconds, format_setting, format_size
 
+PLAIN_KINDS = ("none", "default")
+"""Of VMs without private memory."""
 _CALM = {State.ATTACHED: "green", State.CONNECTING: "dim", State.STOPPED: "dim"}
 
 
@@ -91,6 +92,8 @@ def status(views: Iterable[VmView]) -> RenderableType:
 def _troubles(view: VmView) -> Iterator[str]:
     if view.trouble is not None:
         yield f"{view.trouble.error}; hint: {view.trouble.hint}"
+    if view.state is State.ATTACHED and view.vm_kind in PLAIN_KINDS:
+        yield "its memory is not confidential: there is nothing to defer"
     if view.fallen_back is not None:
         yield f"the policy was replaced by eager: {view.fallen_back}"
     for remark in view.remarks:
@@ -106,7 +109,7 @@ def vm(view: VmView, settings: Iterable[Mapping[str, object]], now: float) -> Re
         grid.add_row(name, plain(text))
     table = new_table(("SETTING", "VALUE", "FROM"))
     for setting in settings:
-        value = json.dumps(setting["value"])
+        value = format_setting(str(setting["key"]), setting["value"])
         table.add_row(plain(setting["key"]), plain(value), plain(setting["source"]))
     return Group(grid, "", table) if table.row_count else grid
 
@@ -121,13 +124,13 @@ def _facts(view: VmView, now: float) -> Iterator[tuple[str, str]]:
         yield "UUID", view.uuid
     yield "QEMU", f"{view.qemu_version or '-'}, plugin {view.plugin_version or '-'}"
     yield "VM kind", view.vm_kind or "-"
-    parameters = ", ".join(f"{key} = {value}" for key, value in view.parameters.items())
+    parameters = format_setting("policy", view.parameters)
     yield "policy", f"{view.policy} ({parameters})" if parameters else view.policy
     total = sum(stale.values())
     used = format_share(total / view.budget_bytes if view.budget_bytes else None)
     yield "budget", f"{format_size(view.budget_bytes)}, used: {used}"
     sides = ", ".join(f"{copy} {format_size(stale[copy])}" for copy in Copy)
-    yield "stale", f"{sides}; peak {format_size(stats.peak_stale_bytes)}"
+    yield "stale", f"{sides}; peak {format_size(stats.peak_stale_bytes)} since QEMU started"
     for copy in Copy:
         yield (
             f"to {copy}",

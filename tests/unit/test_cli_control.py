@@ -72,7 +72,7 @@ async def test_status_without_vms(server: ControlServer, host: Any) -> None:
 async def test_show(server: ControlServer) -> None:
     """Everything of one VM, and where its settings are from."""
     text = await run(server, "show", "db")
-    assert "lazy (max_age = 10.0)" in text
+    assert "lazy (max_age = 10 s)" in text
     assert "half below 1.02 µs, 99 % below 1.02 µs" in text
     assert "1, 8 KiB (age 1)" in text
     assert "config.toml [defaults]" in text

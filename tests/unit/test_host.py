@@ -285,8 +285,8 @@ async def test_pressure_reaches_the_policy(tmp_path: Path) -> None:
         await until(lambda: session.guest.stats.decisions > decisions + 1)
 
 
-async def test_hundreds_are_left_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All VMs are found, served, and left fail-safe together, the silent ones by their lease."""
+async def test_hundreds_are_left_fail_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All VMs are found, served and left together; how long that may take is no matter here."""
     monkeypatch.setattr("qmp_upm.serving.LEAVE_SECONDS", 20)
     monkeypatch.setattr("qmp_upm.roster.LEAVE_SECONDS", 20)
     file = write(tmp_path, FAST + "[defaults]\n" + KEEP)

@@ -85,9 +85,13 @@ async def test_regions_that_are_not_listed_are_not_kept(tmp_path: Path) -> None:
         ]
         return {"cursor": head[0], "dropped": 0, "records": rows}
 
-    peer.replies["x-upm-read"].extend([read] * 50)
+    peer.replies["x-upm-read"].extend([read] * 80)
     async with peer.listening(tmp_path / "sock"), running(tmp_path) as run:
-        await until(lambda: run.session.guest.stats.unlisted_records == 50 * 1024)
+        await until(lambda: run.session.state is State.FAULTY)
+        trouble = run.session.view().trouble
+        assert trouble is not None
+        assert "does not list" in trouble.error
+        assert run.session.guest.stats.unlisted_records == limits.UNLISTED_MOST
         assert run.session.guest._touched.bytes == 0
         assert run.session.guest.ledger.stale_bytes == 0
         assert run.session.guest.stats.followed_conversions == 0

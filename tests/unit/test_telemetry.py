@@ -262,3 +262,13 @@ def test_an_idle_writer_sleeps(writer: TelemetryWriter) -> None:
     made[7].line("batch")
     assert writer._work.is_set()
     assert [telemetry.vm for telemetry in writer._dirty] == ["vm7"]
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Whoever may write in the directory leads no line of ours to another file."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("kept\n")
+    (tmp_path / "vm.jsonl").symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic"):
+        CappedDirectory(tmp_path, MIB, 4 * MIB).append("vm", b"lost\n")
+    assert elsewhere.read_text() == "kept\n"
