@@ -106,6 +106,9 @@ static void slot_registration(void)
     expect(!guest_convert(m, 0, 16 * PAGE, false));
     slot_unmap(7);
     expect(counter("conversions-to") == 2 && stale() == 16 * PAGE);
+    /* Nor do slots of another address space count: SMM has one, and no private memory. */
+    slot_map(1 << 16 | 3, m, 0, MIB, 64 * MIB);
+    expect(!query_says("\"gpa\": 67108864") && query_says("\"gpa\": 0"));
     /* A slot registered, and a part of it converted; or more than it. */
     slot_map(0, m, 0, MIB, 0);
     expect(!guest_convert(m, 0, 32 * PAGE, true) && counter("conversions-to") == 3);
