@@ -208,8 +208,8 @@ static void *convert_a_page(void *unused)
     return NULL;
 }
 
-/* 11, of the plugin's own memory: what it takes for a thread goes with the thread, and what it takes
- * for a very large conversion with that. */
+/* 11, of the plugin's own memory: what it takes for a thread goes with the thread, what it takes for a
+ * very large conversion with that, and what it takes for RAM with the RAM. */
 static void threads_and_memory(void)
 {
     const uint64_t far = 1ull << 40, large = 16ull << 30;
@@ -230,6 +230,13 @@ static void threads_and_memory(void)
         expect(!convert_only(far, large, false));
         vcpu_run();
         before = i == 2 ? mapped() : before;
+    }
+    expect(SANITIZED || mapped() < before + 4 * MIB);
+    for (int i = 0; i < 20; i++) {
+        slot_unmap(1);
+        memory_free(m);
+        m = memory_new(RAM_MEMFD, far, large);
+        slot_plug(1, m, 0, large, far);
     }
     expect(SANITIZED || mapped() < before + 4 * MIB);
 }
@@ -303,14 +310,20 @@ static void forty_regions(void)
 static void not_ram(void)
 {
     struct memory *m = start(RAM_MEMFD, MIB);
+    char *before, *after;
 
     defer_up_to(MIB);
+    before = must("x-upm-query", "{}");
     expect(!convert_only(100 * MIB, 16 * PAGE, false));
     expect(convert_only(100 * MIB, 17, false) == -1 && errno == EINVAL);
     expect(convert_only(100 * MIB, 0, false) == -1 && errno == EINVAL);
     expect(convert_only(-PAGE, 2 * PAGE, false) == -1 && errno == EINVAL);
     expect(convert_only(0, 17, true) == -1 && errno == EINVAL);
-    expect(!query("head") && !query("converted-bytes-to-shared"));
+    expect(!query("head") && !query("converted-bytes-to-shared") && !counter("conversions-to"));
+    after = must("x-upm-query", "{}");
+    expect(!strcmp(strstr(before, "latency-ns"), strstr(after, "latency-ns")));
+    free(before);
+    free(after);
     /* Partly: what is RAM is followed. */
     fill_shared(m, 0, MIB);
     expect(!convert_only(MIB - PAGE, 2 * PAGE, true));

@@ -206,3 +206,8 @@ def test_hazard_26_no_punch_works(hold: Hold) -> None:
 def test_hazard_27_int_requests(hold: Hold) -> None:
     """Hazard 27: an ioctl's number that is an int, as QEMU 9.1 passes it."""
     hold("int-requests")
+
+
+def test_hazard_29_one_copy_eager(hold: Hold) -> None:
+    """Hazard 29: when one copy's mode is eager again it is drained, and the other one stays."""
+    hold("one-copy-eager")

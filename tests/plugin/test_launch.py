@@ -32,3 +32,8 @@ def test_closed_before_the_vm(hold: Hold) -> None:
 def test_reset_of_two(hold: Hold) -> None:
     """Hazard 23: blocks of the same size keep their own copies at a reset; RAM may go meanwhile."""
     hold("reset-of-two")
+
+
+def test_reset_during_a_discard(hold: Hold) -> None:
+    """Hazard 31: QEMU's reset waits for the discard that is under way, and no other comes."""
+    hold("reset-during-a-discard")
