@@ -247,7 +247,9 @@ static void records(void)
     free(reply);
     /* Read while QEMU takes long to ask. */
     expect(!convert_only(8 * PAGE, 2 * PAGE, true));
-    usleep(A_WHILE_US);
+    while (query("head") < 2) {
+        usleep(1000);
+    }
     reply = must("x-upm-read", "{\"cursor\": 1, \"max\": 100}");
     expect(strstr(reply, "\"records\": [[1, 32768, 8192, 1, 0, ") && strstr(reply, ", 1]]"));
     free(reply);
