@@ -32,3 +32,8 @@ def test_closed_before_the_vm(hold: Hold) -> None:
 def test_reset_of_two(hold: Hold) -> None:
     """Hazard 23: blocks of the same size keep their own copies at a reset; RAM may go meanwhile."""
     hold("reset-of-two")
+
+
+def test_no_room_at_reset(hold: Hold) -> None:
+    """Hazards 23 and 31: RAM that can't be followed after a reset loses no live page."""
+    hold("no-room-at-reset")
