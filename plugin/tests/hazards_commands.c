@@ -356,6 +356,7 @@ static void bells(void)
     usleep(A_WHILE_US);
     expect(fake.events == 2);
     configure("{\"notify-ms\": 0, \"budget\": 8192}");
+    usleep(A_WHILE_US);   /* the plugin's thread is asleep: it has to be woken */
     expect(!guest_convert(m, 4 * PAGE, PAGE, true));
     while (fake.events < 3) {
         usleep(1000);

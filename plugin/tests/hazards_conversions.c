@@ -303,14 +303,20 @@ static void forty_regions(void)
 static void not_ram(void)
 {
     struct memory *m = start(RAM_MEMFD, MIB);
+    char *before, *after;
 
     defer_up_to(MIB);
+    before = must("x-upm-query", "{}");
     expect(!convert_only(100 * MIB, 16 * PAGE, false));
     expect(convert_only(100 * MIB, 17, false) == -1 && errno == EINVAL);
     expect(convert_only(100 * MIB, 0, false) == -1 && errno == EINVAL);
     expect(convert_only(-PAGE, 2 * PAGE, false) == -1 && errno == EINVAL);
     expect(convert_only(0, 17, true) == -1 && errno == EINVAL);
-    expect(!query("head") && !query("converted-bytes-to-shared"));
+    expect(!query("head") && !query("converted-bytes-to-shared") && !counter("conversions-to"));
+    after = must("x-upm-query", "{}");
+    expect(!strcmp(strstr(before, "latency-ns"), strstr(after, "latency-ns")));
+    free(before);
+    free(after);
     /* Partly: what is RAM is followed. */
     fill_shared(m, 0, MIB);
     expect(!convert_only(MIB - PAGE, 2 * PAGE, true));

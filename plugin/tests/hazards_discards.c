@@ -33,6 +33,7 @@ static void other_punches(void)
 
     /* Another file, at the offset that a conversion left; then the discard that it does owe. */
     expect(!convert_only(0, PAGE, true));
+    expect(fallocate64(-1, PUNCH, 0, PAGE) == -1 && errno == EBADF);
     expect(!fallocate64(disk, PUNCH, 0, PAGE));
     expect(allocated(disk) == 0);
     expect(!qemu_discard(m, 0, PAGE, true));
