@@ -104,6 +104,7 @@ struct backing_facts backing_look(int private_fd, uint64_t address, uint64_t off
     struct mapping m;
 
     if (find_mapping(address, &m)) {
+        f.found = true;
         f.file = (struct file_place) {
             .device = makedev(m.major, m.minor), .inode = m.inode,
             .offset = m.offset + (address - m.start) - offset,

@@ -273,6 +273,5 @@ int convert(int vm_fd, unsigned long request, void *argument)
         || range->address + range->size < range->address) {
         return libc.ioctl(vm_fd, request, argument); /* KVM refuses it */
     }
-    parts_follow_thread();
     return convert_range(vm_fd, request, range, !registration && !launching);
 }

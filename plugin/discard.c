@@ -55,7 +55,7 @@ static bool fits_budget(uint64_t pages)
 
 static bool may_keep(const struct region *r, enum copy copy, uint64_t pages)
 {
-    if (upm.mode[copy] != MODE_DEFER || r->failures >= FAILURES_MAX) {
+    if (upm.mode[copy] != MODE_DEFER || r->failures[copy] >= FAILURES_MAX) {
         return false;
     }
     if (fits_budget(pages)) {
@@ -156,7 +156,7 @@ static bool keep_failed(struct part *part, uint64_t first, uint64_t pages)
 {
     uint64_t end = first + pages;
 
-    if (part->op.region->failures >= FAILURES_MAX || !fits_budget(pages)) {
+    if (part->op.region->failures[part->op.copy] >= FAILURES_MAX || !fits_budget(pages)) {
         return false;
     }
     for (uint64_t page = first; page < end; page = next_word(page)) {
@@ -188,7 +188,7 @@ static int punch(struct part *part, uint64_t from, uint64_t end)
             upm.count.inline_[op->copy] += in_bytes(pages);
             continue;
         }
-        op->region->failures++;
+        op->region->failures[op->copy]++;
         if (!keep_failed(part, first, pages)) {
             return error;
         }

@@ -124,7 +124,7 @@ static void learn_backing(struct region *r, const struct upm_kvm_region2 *set)
                                           set->guest_memfd_offset);
 
     upm_lock();
-    if (region_by_private_fd(set->guest_memfd) == r) {
+    if (f.found && region_by_private_fd(set->guest_memfd) == r) {
         region_is_mapped(r, (char *)(set->userspace_addr - set->guest_memfd_offset), &f);
     }
     upm_unlock();

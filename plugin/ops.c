@@ -170,20 +170,21 @@ int op_punch(struct region *r, enum copy copy, uint64_t first, uint64_t pages)
         .region = r, .state = OP_PUNCH, .copy = copy, .first = first, .pages = pages,
     };
     struct place place = place_of(r, copy, first, pages);
-    uint64_t start_ns;
+    uint64_t start_ns, took_ns;
     int error;
 
     op_begin(&op);
     upm_unlock();
     start_ns = now_ns();
     error = give_back(&place);
+    took_ns = now_ns() - start_ns;
     upm_lock();
     if (error) {
         upm.count.failed_discards++;
     } else {
         upm.count.discards++;
-        r->failures = 0;
-        histogram_add(upm.discard_ns, now_ns() - start_ns);
+        r->failures[copy] = 0;
+        histogram_add(upm.discard_ns, took_ns);
     }
     op_end(&op);
     return error;

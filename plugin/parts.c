@@ -21,6 +21,7 @@ __thread struct conversion mine;
 
 static pthread_key_t exit_key;
 static pthread_once_t exit_once = PTHREAD_ONCE_INIT;
+static bool has_exit_key;
 
 static void *more(void *old, uint64_t old_bytes, uint64_t bytes)
 {
@@ -46,6 +47,34 @@ static uint64_t words_bytes(void)
     return mine.words_capacity * sizeof(*mine.words);
 }
 
+static void on_thread_exit(void *unused)
+{
+    (void)unused;
+    conversion_over();
+    if (mine.part) {
+        libc.munmap(mine.part, parts_bytes());
+    }
+    if (mine.words) {
+        libc.munmap(mine.words, words_bytes());
+    }
+    memset(&mine, 0, sizeof(mine));
+}
+
+static void make_exit_key(void)
+{
+    has_exit_key = !pthread_key_create(&exit_key, on_thread_exit);
+}
+
+/* The thread's conversions are over when it ends: its memory must not stay in upm.ops. */
+static bool follow_thread(void)
+{
+    if (!mine.has_destructor) {
+        pthread_once(&exit_once, make_exit_key);
+        mine.has_destructor = has_exit_key && !pthread_setspecific(exit_key, &mine);
+    }
+    return mine.has_destructor;
+}
+
 /* Room for as many, without the lock; false if there is no memory. */
 bool parts_reserve(unsigned parts, uint64_t words)
 {
@@ -53,6 +82,9 @@ bool parts_reserve(unsigned parts, uint64_t words)
     uint64_t enough = mine.words_capacity ? mine.words_capacity : WORDS_FIRST;
     void *p;
 
+    if (!follow_thread()) {
+        return false;
+    }
     while (some < parts) {
         some *= 2;
     }
@@ -223,33 +255,5 @@ void parts_share_words(unsigned parts)
         mine.part[i].owed = at;
         mine.part[i].moved = at + words;
         at += 2 * words;
-    }
-}
-
-static void on_thread_exit(void *unused)
-{
-    (void)unused;
-    conversion_over();
-    if (mine.part) {
-        libc.munmap(mine.part, parts_bytes());
-    }
-    if (mine.words) {
-        libc.munmap(mine.words, words_bytes());
-    }
-    memset(&mine, 0, sizeof(mine));
-}
-
-static void make_exit_key(void)
-{
-    pthread_key_create(&exit_key, on_thread_exit);
-}
-
-/* The thread's conversions are over when it ends. */
-void parts_follow_thread(void)
-{
-    if (!mine.has_destructor) {
-        pthread_once(&exit_once, make_exit_key);
-        pthread_setspecific(exit_key, &mine);
-        mine.has_destructor = true;
     }
 }

@@ -73,7 +73,7 @@ static void region_begin(struct region *r, int private_fd, uint64_t pages)
     r->id = upm.next_region_id++;
     r->backing = BACKING_UNKNOWN;
     r->lost = false;
-    r->failures = 0;
+    r->failures[PRIVATE] = r->failures[SHARED] = 0;
     r->name[0] = '\0';
     r->file = (struct file_place) { 0 };
     r->shared_page_bytes = PAGE_BYTES;
@@ -84,34 +84,6 @@ static void region_begin(struct region *r, int private_fd, uint64_t pages)
     if (r == &upm.region[upm.nregions]) {
         __atomic_store_n(&upm.nregions, upm.nregions + 1, __ATOMIC_RELEASE);
     }
-}
-
-/* NULL where memory or room is short; QEMU then discards in that region as it does without us. */
-struct region *region_new(int private_fd, uint64_t bytes)
-{
-    uint64_t pages = (bytes + PAGE_BYTES - 1) >> PAGE_SHIFT;
-    struct bitmap made[3] = { 0 };
-    struct region *r = NULL;
-    bool enough = pages;
-
-    for (int i = 0; i < 3 && enough; i++) {
-        enough = bitmap_init(&made[i], pages);
-    }
-    if (enough) {
-        upm_lock();
-        r = unused();
-        if (r) {
-            r->shared = made[0];
-            r->stale[PRIVATE] = made[1];
-            r->stale[SHARED] = made[2];
-            region_begin(r, private_fd, pages);
-        }
-        upm_unlock();
-    }
-    for (int i = 0; i < 3 && !r; i++) {
-        bitmap_destroy(&made[i]);
-    }
-    return r;
 }
 
 struct region *region_by_private_fd(int fd)
@@ -219,6 +191,8 @@ void region_in_place(int private_fd)
 /* The shared copy's memory is about to be unmapped. */
 static void region_lose_shared(struct region *r)
 {
+    uint32_t id = r->id; /* another thread may lose the other side meanwhile, and free the region */
+
     region_quiesce(r);
     region_expect_nothing(r, SHARED);
     set_host(r, NULL);
@@ -227,7 +201,7 @@ static void region_lose_shared(struct region *r)
         r->backing = BACKING_UNKNOWN;
     }
     ledger_forget(r, SHARED);
-    if (r->pages && r->private_fd < 0) {
+    if (r->pages && r->id == id && r->private_fd < 0) {
         region_free(r);
     }
 }
@@ -235,6 +209,8 @@ static void region_lose_shared(struct region *r)
 /* The guest_memfd is about to be closed. A VM whose RAM outlives it is being rebuilt. */
 static void region_lose_private(struct region *r)
 {
+    uint32_t id = r->id;
+
     if (r->host) {
         launch_begin();
     }
@@ -243,9 +219,40 @@ static void region_lose_private(struct region *r)
     slots_forget(r);
     set_private_fd(r, -1);
     ledger_forget(r, PRIVATE);
-    if (r->pages && !r->host) {
+    if (r->pages && r->id == id && !r->host) {
         region_free(r);
     }
+}
+
+/* NULL where memory or room is short; QEMU then discards in that region as it does without us. */
+struct region *region_new(int private_fd, uint64_t bytes)
+{
+    uint64_t pages = (bytes + PAGE_BYTES - 1) >> PAGE_SHIFT;
+    struct bitmap made[3] = { 0 };
+    struct region *r = NULL, *old;
+    bool enough = pages;
+
+    for (int i = 0; i < 3 && enough; i++) {
+        enough = bitmap_init(&made[i], pages);
+    }
+    if (enough) {
+        upm_lock();
+        while ((old = region_by_private_fd(private_fd))) {
+            region_lose_private(old); /* closed by a way round us, such as dup2() */
+        }
+        r = unused();
+        if (r) {
+            r->shared = made[0];
+            r->stale[PRIVATE] = made[1];
+            r->stale[SHARED] = made[2];
+            region_begin(r, private_fd, pages);
+        }
+        upm_unlock();
+    }
+    for (int i = 0; i < 3 && !r; i++) {
+        bitmap_destroy(&made[i]);
+    }
+    return r;
 }
 
 /* The region's first slot shows where its RAM is mapped, and `f` what that is made of. */
@@ -274,7 +281,8 @@ struct region *region_adopt(struct region *r, char *host)
         if (old->pages == r->pages && old->private_fd < 0 && old->host == host) {
             set_private_fd(old, r->private_fd);
             old->lost = false;
-            old->failures = 0;
+            old->failures[PRIVATE] = 0;
+            slots_forget(r);
             region_free(r);
             return old;
         }

@@ -58,7 +58,8 @@ static void see_regions(struct seen *s)
         s->nregions++;
         *seen = (struct region_seen) {
             .id = r->id, .backing = r->backing, .pages = r->pages,
-            .lost = r->lost, .failing = r->failures >= FAILURES_MAX,
+            .lost = r->lost, 
+            .failing = r->failures[PRIVATE] >= FAILURES_MAX || r->failures[SHARED] >= FAILURES_MAX,
             .page_bytes = r->shared_page_bytes,
             .stale_pages = { r->stale[PRIVATE].total, r->stale[SHARED].total },
         };

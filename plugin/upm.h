@@ -102,7 +102,7 @@ struct region {
     int private_fd;           /* -1: closed; the shared side waits for the next one */
     enum backing backing;
     bool lost;                /* a failure of ours: all discards in it are QEMU's own */
-    unsigned failures;        /* discards that failed since the last one that didn't */
+    unsigned failures[COPIES]; /* discards that failed since the last one that didn't */
     char name[64];
     char *host;               /* where the region's first byte is mapped, or NULL */
     struct file_place file;   /* what is mapped there, if it is a file */
@@ -287,6 +287,7 @@ int op_punch(struct region *r, enum copy copy, uint64_t first, uint64_t pages);
 
 /* backing.c; without the lock */
 struct backing_facts {
+    bool found;               /* else there was no looking: too many files are open */
     enum backing backing;
     char name[64];
     struct file_place file;
@@ -336,7 +337,6 @@ bool ledger_next(const struct region *r, enum copy copy, uint64_t from, uint64_t
 bool parts_reserve(unsigned parts, uint64_t words);
 void parts_collect(uint64_t gpa, uint64_t end, enum copy live, unsigned *parts, uint64_t *words);
 void parts_share_words(unsigned parts);
-void parts_follow_thread(void);
 void conversion_slot_registered(uint64_t gpa, uint64_t bytes);
 bool conversion_unfinished(void);
 void conversion_over(void);

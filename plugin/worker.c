@@ -175,7 +175,7 @@ static void drain_step(void)
                                   &upm.count.failsafe[tour.copy], &discarded);
             tour.progress |= result > 0;
             if (result < 0) {
-                r->failures += !tour.error; /* one for the round: it tries many in no time */
+                r->failures[tour.copy] += !tour.error; /* one for the round: it tries many in no time */
                 tour.error = -result;
             }
             if (result) {

@@ -33,7 +33,7 @@ from qmp_upm.digest import Returns
 from qmp_upm.errors import ConfigError
 from qmp_upm.history import EDGES_S, Floats, ReturnTimes
 from qmp_upm.pages import PAGE_BYTES, Ints, PageSet, Runs, distinct
-from qmp_upm.policy import Batch, Decision, Discard, LedgerView, Policy, Pressure
+from qmp_upm.policy import Batch, Decision, Discard, LedgerView, Measured, Policy, Pressure
 from qmp_upm.prices import Prices, load_prices
 from qmp_upm.protocol import Copy
 from qmp_upm.units import NSEC, Seconds
@@ -52,7 +52,9 @@ JOIN = 16
 DEFAULT_PRICES = Prices(
     conversion=2e-6, discard_call=4.3e-6, discard_page=1.05e-6, refault_page=2.7e-6
 )
-"""Of the machine that our benchmarks ran on; any host's own are better."""
+"""Of the machine that our benchmarks ran on; believed of any other until discards are measured."""
+BELIEF_CALLS = 4
+"""Discards of a page at these prices, beside those that were measured."""
 
 
 def _read_prices(value: object) -> object:
@@ -68,7 +70,8 @@ def _read_prices(value: object) -> object:
 class AdaptiveParameters(LimitParameters):
     """``prices``: a file that ``qmp-upm calibrate`` has written, or a table like the one in it.
 
-    ``max_age`` is longer than elsewhere: what is held has a reason.
+    Without it, discards cost what the VM's own are measured to take. ``max_age`` is longer than
+    elsewhere: what is held has a reason.
     """
 
     prices: Annotated[Prices, BeforeValidator(_read_prices)] = DEFAULT_PRICES
@@ -107,9 +110,9 @@ class Adaptive(Policy):
         if len(batch):
             self._learn(batch, ledger.returns())
             self._choose_modes(batch, ledger.stale_bytes)
-        if batch.dropped or not self._begun:
+        if not self._begun:
             self.attached(ledger, now_ns)
-        elif len(batch):
+        elif len(batch) and not batch.dropped:  # else it was planned for with all the others
             for copy in Copy:
                 self._plan(copy, ledger.entered(copy), now_ns)
         if self._limits.is_pressed(pressure):
@@ -129,6 +132,22 @@ class Adaptive(Policy):
         self._queues.clear()
         for copy in Copy:
             self._plan(copy, ledger.stale(copy).runs(), now_ns)
+
+    def measured(self, discards: Measured) -> None:
+        """Scale the default prices of discards to what they take here; given ones hold."""
+        if "prices" in self.parameters.model_fields_set:
+            return
+        call, page = DEFAULT_PRICES.discard_call, DEFAULT_PRICES.discard_page
+        expected_s = call * discards.calls + page * discards.pages
+        belief_s = BELIEF_CALLS * (call + page)
+        factor = (belief_s + discards.seconds) / (belief_s + expected_s)
+        self._prices = DEFAULT_PRICES.model_copy(
+            update={"discard_call": factor * call, "discard_page": factor * page}
+        )
+
+    def forgotten(self, regions: frozenset[int]) -> None:
+        """Return times of these are of no use any longer."""
+        self._times.forget(regions)
 
     def _too_old(self, ledger: LedgerView, now_ns: int) -> list[Discard]:
         """Whatever got into the ledger unseen, by a resynchronisation, goes by age."""

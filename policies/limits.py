@@ -43,8 +43,7 @@ class Limits:
 
     def is_pressed(self, pressure: Pressure) -> bool:
         """Whether nothing may be held. Ends at half of what it begins at, so that it can't flap."""
-        waits = max(pressure.host_some_percent, pressure.cgroup_some_percent)
-        self._pressed = waits >= self._own.pressure / (2 if self._pressed else 1)
+        self._pressed = pressure.some_percent >= self._own.pressure / (2 if self._pressed else 1)
         return self._pressed
 
     def over_budget(self, ledger: LedgerView) -> list[Discard]:

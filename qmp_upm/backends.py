@@ -2,11 +2,11 @@
 """How a decision reaches a VM: modes, budget and discards through the plugin."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from qmp_upm.errors import CommandError, LinkError
+from qmp_upm.pages import PAGE_BYTES, PageSet, Runs
 from qmp_upm.policy import Discard
 from qmp_upm.protocol import Copy, Discarded, Query, read_message
 from qmp_upm.qmp import Monitor
@@ -33,17 +33,36 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """A discard on its way. ``sent_s``: by the session's clock, seconds."""
+    """A discard on its way. ``runs``: its part of the pages; None: all that is stale of the copy.
+
+    ``sent_s``: by the session's clock, seconds.
+    """
 
     id: int
     discard: Discard
-    ranges: tuple[tuple[int, int, int], ...]
+    runs: Runs | None
     sent_s: float = 0.0
 
     @property
     def bytes(self) -> int:
-        """Bytes asked for."""
-        return sum(size for _, _, size in self.ranges)
+        """Bytes asked for; of a whole copy, those that were known to be stale."""
+        if self.runs is None:
+            return self.discard.pages.bytes
+        return int(self.runs.pages.sum()) * PAGE_BYTES
+
+    @property
+    def pages(self) -> PageSet | None:
+        """Those asked for; None: all of the copy."""
+        return None if self.runs is None else PageSet.of_runs(self.runs)
+
+    def arguments(self) -> dict[str, object]:
+        """Of ``x-upm-discard``. Lists of ranges are long, and made when they are sent."""
+        asked: dict[str, object] = {"id": self.id, "copy": self.discard.copy}
+        if self.runs is None:
+            return asked | {"all": True}
+        region, first, pages = self.runs
+        columns = (region, first * PAGE_BYTES, pages * PAGE_BYTES)
+        return asked | {"ranges": list(zip(*(c.tolist() for c in columns), strict=True))}
 
 
 class KvmAttributes:
@@ -79,15 +98,28 @@ class KvmAttributes:
         )
         self.deferred, self.hold_bytes = defer, hold_bytes
 
-    def submit(self, discard: Discard) -> list[Request]:
-        """Queue a discard, in requests of bounded size. ``pump`` sends them."""
-        requests = []
-        ranges = discard.pages.ranges()
-        while part := tuple(islice(ranges, RANGES_MOST)):
-            requests.append(Request(self._next_id, discard, part))
-            self._next_id += 1
+    def submit(self, discard: Discard, *, everything: bool = False) -> list[Request]:
+        """Queue a discard, in requests of bounded size. ``pump`` sends them.
+
+        ``everything``: of its copy, in one request, whatever has become stale meanwhile.
+        """
+        runs = discard.pages.runs()
+        parts: list[Runs | None] = [
+            Runs(*(column[at : at + RANGES_MOST] for column in runs))
+            for at in range(0, len(runs.region), RANGES_MOST)
+        ]
+        if everything and parts:
+            parts = [None]
+        requests = [Request(self._next_id + i, discard, part) for i, part in enumerate(parts)]
+        self._next_id += len(requests)
         self._waiting += requests
         return requests
+
+    def take_out(self, stale: Mapping[Copy, PageSet]) -> None:
+        """Take out of a ledger that was just read what is asked for and not finished."""
+        for request in (*self._waiting, *self._outstanding.values()):
+            copy, pages = request.discard.copy, request.pages
+            stale[copy].subtract(stale[copy].copy() if pages is None else pages)
 
     async def pump(self) -> list[tuple[Request, CommandError]]:
         """Send what the plugin has room for; returns what it refused: its region went meanwhile.
@@ -106,14 +138,9 @@ class KvmAttributes:
         while self._waiting and len(self._outstanding) < OUTSTANDING_MOST:
             request = self._waiting.popleft()
             # Entered first: the event may come before the reply.
-            self._outstanding[request.id] = Request(
-                request.id, request.discard, request.ranges, now
-            )
+            self._outstanding[request.id] = replace(request, sent_s=now)
             try:
-                await self._monitor.execute(
-                    "x-upm-discard",
-                    {"id": request.id, "copy": request.discard.copy, "ranges": request.ranges},
-                )
+                await self._monitor.execute("x-upm-discard", request.arguments())
             except CommandError as error:
                 del self._outstanding[request.id]
                 if BUSY in error.message:

@@ -125,7 +125,7 @@ def _unreachable(path: Path, refusal: str | None, cause: BaseException) -> Contr
     if isinstance(cause, PermissionError):
         return ControlError(
             f"{path} may not be opened by this user",
-            hint="run this as the daemon's user, or with sudo",
+            hint="run it with sudo, or as a member of the group that [control] group names",
         )
     if isinstance(cause, EOFError):
         return _gone()

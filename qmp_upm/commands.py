@@ -152,6 +152,12 @@ async def _query_vm(caller: Caller, arguments: VmArguments) -> object:
     return caller.host.vm(arguments.name)
 
 
+@_command("query-held", VmArguments)
+async def _query_held(caller: Caller, arguments: VmArguments) -> object:
+    """What a VM holds as the daemon knows it: bytes, runs and a digest, by copy and region."""
+    return caller.host.held_by(arguments.name)
+
+
 @_command("query-config", VmArguments)
 async def _query_config(caller: Caller, arguments: VmArguments) -> object:
     """Each setting that applies to a VM, and the file or command that it is from."""
@@ -188,9 +194,11 @@ async def _set_policy(caller: Caller, arguments: SetPolicyArguments) -> object:
 
 @_command("set-budget", SetBudgetArguments)
 async def _set_budget(caller: Caller, arguments: SetBudgetArguments) -> object:
-    """Change what a VM may hold, until the daemon ends or reloads."""
-    await caller.host.set_budget(arguments.name, arguments.budget)
-    return {}
+    """Change what a VM may hold, until the daemon ends or reloads. Returns what applies, bytes.
+
+    ``budget`` is less than its ``own`` where the host's budget is divided.
+    """
+    return await caller.host.set_budget(arguments.name, arguments.budget)
 
 
 @_command("flush", FlushArguments)

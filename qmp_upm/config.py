@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from qmp_upm.listen import Listen
 from qmp_upm.paths import CONTROL_SOCKET
-from qmp_upm.policy import Policy, make_policy
+from qmp_upm.policy import Policy, PolicyFactory, find_policy
 from qmp_upm.units import Bytes, Seconds
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -36,15 +36,25 @@ class PolicyTable(BaseModel):
 
     name: str = "lazy"
     """One of the installed policies."""
+    _factory: PolicyFactory | None = PrivateAttr(None)
 
     @property
     def parameters(self) -> dict[str, object]:
         """What is given beside the name."""
         return dict(self.__pydantic_extra__ or {})
 
+    def factory(self) -> PolicyFactory:
+        """The policy with these parameters, as it was when first asked for.
+
+        A configuration asks when it is loaded. ConfigError if there is no such policy.
+        """
+        if self._factory is None:
+            self._factory = find_policy(self.name, self.parameters)
+        return self._factory
+
     def make(self) -> Policy:
-        """The policy with these parameters; ConfigError if it can't be made."""
-        return make_policy(self.name, self.parameters)
+        """One for another VM. Raises what the policy's own code raises, and ConfigError."""
+        return self.factory()()
 
 
 class TelemetryTable(_Table):
@@ -70,6 +80,8 @@ class ControlTable(_Table):
 
     socket: Path = CONTROL_SOCKET
     """Its path; only the daemon's user may open it."""
+    group: Annotated[str, Field(min_length=1)] | None = None
+    """A group whose members may open it, too. They can do all that the daemon can."""
 
 
 class HostTable(_Table):
@@ -77,9 +89,9 @@ class HostTable(_Table):
 
     budget: Bytes | None = None
     """The most stale bytes of all VMs together, divided over them; without it no such limit."""
-    discovery_interval: Seconds = 1.0
+    discovery_interval: Annotated[Seconds, Field(ge=0.01)] = 1.0
     """How often the globs of ``discovery`` are looked at."""
-    pressure_interval: Seconds = 2.0
+    pressure_interval: Annotated[Seconds, Field(ge=0.01)] = 2.0
     """How often memory pressure is read; the kernel's averages change every two seconds."""
 
 
@@ -90,7 +102,7 @@ class VmSettings(_Table):
     """The most stale bytes that the VM may hold."""
     weight: Annotated[int, Field(ge=1, le=10_000)] = 100
     """Its part of the host's budget, beside the weights of the others."""
-    lease: Seconds = 20.0
+    lease: Annotated[Seconds, Field(ge=0.1)] = 20.0
     """How long the plugin keeps copies without hearing from the daemon, which speaks up two to five
     times as often: a short lease costs an idle VM processor time, a long one holds memory after a
     crash, within the budget."""

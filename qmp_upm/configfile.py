@@ -33,6 +33,15 @@ from qmp_upm.errors import ConfigError
 
 Tree = dict[str, Any]
 
+# Strings and comments whole, so that no bracket or end of line is found in them.
+_TOKENS = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}|'
+    r"'''.*?'{3,5}|"
+    r'"(?:\\.|[^"\\\n])*"|'
+    r"'[^'\n]*'|#[^\n]*|[\[\]{}\n]",
+    re.DOTALL,
+)
+
 _TABLES: dict[str, type[BaseModel]] = {
     "telemetry": TelemetryTable,
     "metrics": MetricsTable,
@@ -118,30 +127,28 @@ def _enter(lines: dict[Key, tuple[Path, int]], file: Path, text: str) -> None:
 def key_lines(text: str) -> Iterator[tuple[Key, int]]:
     """The keys and tables of a valid TOML text, with their lines, from 1.
 
-    A statement of TOML (a table's header, or a key and its value) is a text of TOML by itself, and
-    the shortest piece that can be read from its first line on is the whole of it.
+    A statement of TOML (a table's header, or a key and its value) is a text of TOML by itself.
     """
     table: Key = ()
-    lines = text.splitlines(keepends=True)
-    first = 0
-    while first < len(lines):
-        statement: Tree = {}
-        end = first
-        while end < len(lines):
-            end += 1
-            try:
-                statement = tomllib.loads("".join(lines[first:end]))
-            except tomllib.TOMLDecodeError:
-                continue
-            break
-        paths = list(_paths(statement))
-        if lines[first].lstrip().startswith("["):
+    for statement, line in _statements(text):
+        paths = list(_paths(tomllib.loads(statement)))
+        if statement.lstrip().startswith("["):
             table = paths[-1]
-            yield table, first + 1
+            yield table, line
         else:
             for path in paths:
-                yield (*table, *path), first + 1
-        first = end
+                yield (*table, *path), line
+
+
+def _statements(text: str) -> Iterator[tuple[str, int]]:
+    """Its statements with the lines that they begin in: they end where no bracket is open."""
+    begin, line, next_line, depth = 0, 1, 1, 0
+    for token in _TOKENS.finditer(text + "\n"):
+        next_line += token[0].count("\n")
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if token[0] == "\n" and depth == 0:
+            yield text[begin : token.end()], line
+            begin, line = token.end(), next_line
 
 
 def _paths(tree: Tree) -> Iterator[Key]:
@@ -182,7 +189,7 @@ def _contradictions(config: Config) -> Iterator[tuple[Key, str, str]]:
         **{("vms", name): vm for name, vm in config.vms.items()},
     }
     for key, table in tables.items():
-        if "policy" in table.model_fields_set:
+        if "policy" in table.model_fields_set or key == ("defaults",):
             yield from _policy_problem((*key, "policy"), table.policy)
     sockets: dict[str, str] = {}
     for name, vm in config.vms.items():
@@ -209,7 +216,7 @@ def _contradictions(config: Config) -> Iterator[tuple[Key, str, str]]:
 
 def _policy_problem(key: Key, policy: PolicyTable) -> Iterator[tuple[Key, str, str]]:
     try:
-        policy.make()
+        policy.factory()
     except ConfigError as error:
         wrong = [name for name in policy.parameters if f": {name}: " in error.message]
         yield (*key, *wrong[:1]), error.message, error.hint

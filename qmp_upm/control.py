@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon's control socket: a QMP server for the command line and any other QMP client.
 
-Who may connect is the file system's decision: the socket has mode 0600 from its birth. A lock
-beside it, held until the process ends, says whose socket it is; so one that is left over from a
-killed daemon can be replaced, and that of a live one can not.
+Who may connect is the file system's decision: the socket has mode 0600 from its birth, and 0660
+once it has the group that may use it. A lock beside it, held until the process ends, says whose
+socket it is; so one that is left over from a killed daemon can be replaced, and that of a live one
+can not.
 """
 
 import asyncio
 import errno
 import fcntl
+import grp
 import os
 import socket
 import stat
@@ -28,8 +30,16 @@ _DEFAULT_LIMITS = Limits()
 class ControlServer:
     """Serves clients between `start` and `stop`. A client's task is its `Connection`."""
 
-    def __init__(self, path: Path, host: Host, limits: Limits = _DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        host: Host,
+        limits: Limits = _DEFAULT_LIMITS,
+        *,
+        group: str | None = None,
+    ) -> None:
         self.path = path
+        self._group = group
         self._host, self._limits = host, limits
         self._server: asyncio.Server | None = None
         self._lock: int | None = None
@@ -40,7 +50,7 @@ class ControlServer:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
-            listener = _bind(self.path)
+            listener = _bind(self.path, self._group)
         except OSError as error:
             self._unlock()
             raise ControlError(
@@ -102,7 +112,7 @@ def _lock(path: Path) -> int:
     return lock
 
 
-def _bind(path: Path) -> socket.socket:
+def _bind(path: Path, group: str | None) -> socket.socket:
     """A socket at ``path``, in place of one that nobody listens on."""
     try:
         mode = path.lstat().st_mode
@@ -124,10 +134,24 @@ def _bind(path: Path) -> socket.socket:
         # bind() gives the file the mode of the socket's own inode: unix_bind_bsd() in Linux.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(path))
-    except OSError:
+        if group is not None:
+            _give(path, group)
+    except (OSError, ControlError):
         listener.close()
         raise
     return listener
+
+
+def _give(path: Path, group: str) -> None:
+    """Let the members of a group connect. OSError, ControlError: nobody but us may."""
+    try:
+        number = grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        raise ControlError(
+            f"[control] group: there is no group {group!r}", hint="make it, or name another one"
+        ) from error
+    os.chown(path, -1, number)
+    path.chmod(0o660)
 
 
 def _is_served(path: Path) -> bool:

@@ -4,7 +4,7 @@
 import asyncio
 import resource
 import signal
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, closing
 
 import structlog
 
@@ -46,9 +46,14 @@ class _Signals:
 
     async def _reload(self) -> None:
         self._manager.reloading()
-        with suppress(ConfigError):  # the host has logged it, and goes on as it was
+        try:
             await self._host.reload()
-        self._manager.ready(_status(self._host))
+        except ConfigError:
+            pass  # the host has logged it, and goes on as it was
+        except Exception:
+            log.exception("reload-died", hint="report this; restart the daemon to be sure")
+        finally:  # systemd waits for it, whatever has happened
+            self._manager.ready(_status(self._host))
 
 
 def _status(host: Host) -> str:
@@ -64,7 +69,7 @@ async def _serve(config: Config, files: PressureFiles, manager: Notifier) -> Non
         exporter = Exporter(pages(host, lag, lambda: host.ready))
         stack.push_async_callback(exporter.close)
         await exporter.start(config.metrics.listen)
-        control = ControlServer(config.control.socket, host)
+        control = ControlServer(config.control.socket, host, group=config.control.group)
         stack.push_async_callback(control.stop)
         await control.start()
         host.telemetry.start()
@@ -73,7 +78,7 @@ async def _serve(config: Config, files: PressureFiles, manager: Notifier) -> Non
         tasks = [
             asyncio.create_task(host.run()),
             asyncio.create_task(lag.run(lambda s: manager.beat(s, lambda: _status(host)))),
-            asyncio.create_task(memory.collect_regularly()),
+            asyncio.create_task(host.supervisor.keep("memory", memory.collect_regularly)),
             asyncio.create_task(signals.stop.wait()),
         ]
         manager.ready(_status(host))

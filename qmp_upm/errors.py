@@ -18,9 +18,14 @@
         │   ├── TakenError      the monitor accepts, and never greets
         │   └── SilentError     a command got no answer in time
         ├── MessageError        an answer that breaks the protocol
+        │   └── ExcessError     more than a peer may send
         ├── CommandError        QEMU refused a command
-        └── PluginMissingError  QEMU runs without the plugin
+        └── RefusedError        QEMU can't be served as it is
+            ├── PluginMissingError  it runs without the plugin
+            └── OtherMonitorError   it is served at another of its monitors
 """
+
+from qmp_upm.limits import printable
 
 
 class QmpUpmError(Exception):
@@ -69,7 +74,13 @@ class UnavailableError(QmpUpmError):
 
 
 class PeerError(QmpUpmError):
-    """This VM can't be served at the moment. Others are not concerned."""
+    """This VM can't be served at the moment. Others are not concerned.
+
+    The message may have words of QEMU's in it, and is cut as `qmp_upm.limits` says.
+    """
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(printable(message), hint=hint)
 
 
 class LinkError(PeerError):
@@ -88,9 +99,21 @@ class MessageError(PeerError):
     """QEMU, or what answers for it, broke the protocol or contradicts itself."""
 
 
+class ExcessError(MessageError):
+    """A peer has sent more than `qmp_upm.limits` lets it. It is left alone for a while."""
+
+
 class CommandError(PeerError):
     """QEMU answered a command with an error."""
 
 
-class PluginMissingError(PeerError):
+class RefusedError(PeerError):
+    """QEMU answers, and can't be served before something else changes."""
+
+
+class PluginMissingError(RefusedError):
     """QEMU runs, but the plugin is not loaded in it."""
+
+
+class OtherMonitorError(RefusedError):
+    """A process is served at one of its monitors only."""

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where conversions come from: the plugin's record, read from a cursor on."""
 
-from qmp_upm.errors import MessageError
+import contextlib
+
+import numpy as np
+
+from qmp_upm.errors import CommandError, MessageError
+from qmp_upm.limits import RAM_MOST
 from qmp_upm.pages import PageSet, Range
 from qmp_upm.policy import Batch
 from qmp_upm.protocol import READ_MOST, Copy, Query, Read, StaleRanges, read_message
 from qmp_upm.qmp import Monitor
 from qmp_upm.records import Records
 
-RAM_MOST = 1 << 45
-"""Bytes of guest RAM that a VM may say it has: memory of ours is spent on knowing its pages."""
 STALE_MOST = 4096
 """Ranges asked for at a time when the whole ledger is read."""
+LEDGER_TRIES = 3
+"""Times that it is begun to be read: a region may go while it is."""
 
 
 class PluginExits:
@@ -22,6 +27,8 @@ class PluginExits:
         self._sizes: dict[int, int] = {}
         self.cursor = 0
         self.drained = True
+        self.unlisted = 0
+        """Records left out, as of regions that QEMU did not list."""
 
     async def query(self) -> Query:
         """The plugin's state. Raises MessageError if it contradicts itself."""
@@ -58,27 +65,43 @@ class PluginExits:
                 f"{len(read.records)} records and {read.dropped} dropped",
                 hint="the VM's QEMU or plugin is faulty; restart the VM",
             )
-        if len(read.records):
-            await self._check(read.records)
+        records = await self._checked(read.records) if len(read.records) else read.records
         self.cursor = read.cursor
         self.drained = len(read.records) < READ_MOST
-        return Batch(read.records, read.dropped)
+        return Batch(records, read.dropped)
 
-    async def _check(self, records: Records) -> None:
-        """Every range lies in a region that is, or has been, there."""
-        for region in set(records["region"].tolist()):
-            if region not in self._sizes:
-                known = self._sizes
-                await self.query()
-                self._sizes = known | self._sizes
-            size = self._sizes.get(region)
+    async def _checked(self, records: Records) -> Records:
+        """Those of regions that are, or have been, listed. MessageError on a range beyond its end.
+
+        A region that came and went between two reads is unknown by now, and empty: its records are
+        left out, as all of regions that QEMU does not list must be, for their pages have no bound.
+        """
+        regions = set(records["region"].tolist())
+        if regions - self._sizes.keys():
+            known = self._sizes
+            await self.query()
+            self._sizes = {r: size for r, size in known.items() if r in regions} | self._sizes
+        if unlisted := regions - self._sizes.keys():
+            listed = ~np.isin(records["region"], list(unlisted))
+            self.unlisted += int(len(records) - listed.sum())
+            records = records[listed]
+        for region in regions - unlisted:
             own = records[records["region"] == region]
-            # A region that came and went between two reads is unknown by now, and empty.
-            if size is not None and (own["offset"] + own["size"]).max() > size:
+            if (own["offset"] + own["size"]).max() > self._sizes[region]:
                 raise MessageError(
                     f"x-upm-read: a record reaches beyond the end of region {region}",
                     hint="the VM's QEMU or plugin is faulty; restart the VM",
                 )
+        return records
+
+    async def read_ledger(self, ranges_most: int) -> tuple[Query, dict[Copy, PageSet]]:
+        """The plugin's state and its whole ledger. CommandError if regions go each time."""
+        for _ in range(LEDGER_TRIES - 1):
+            query = await self.query()
+            with contextlib.suppress(CommandError):  # QEMU closed a region meanwhile
+                return query, await self.read_stale(query, ranges_most)
+        query = await self.query()
+        return query, await self.read_stale(query, ranges_most)
 
     async def read_stale(self, query: Query, ranges_most: int) -> dict[Copy, PageSet]:
         """The plugin's whole ledger. MessageError if it has more ranges than there can be."""

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A small HTTP server for whoever watches the daemon: a few pages, read-only.
 
-Clients are not trusted. Each connection is one request, within a time and a size; there are only so
-many at once, and one more is closed.
+Clients are not trusted. Each connection is one request, within a time and a size. There are only so
+many at once; for one more, the one is closed that has waited longest without asking. A browser that
+was led to a listener of loopback by a name of somebody else's is told nothing.
 """
 
 import asyncio
 import ipaddress
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +19,8 @@ from qmp_upm.errors import ConfigError
 from qmp_upm.listen import split_listen
 
 CONNECTIONS_MOST = 16
+ASK_SECONDS = 1.0
+"""How long a client may take to ask: they are on this host, or near."""
 CONNECTION_SECONDS = 10.0
 """From its first byte to its last."""
 REQUEST_BYTES = 8 << 10
@@ -45,6 +49,8 @@ class Exporter:
         self._pages = pages
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._asking: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self._loopback = False
 
     @property
     def port(self) -> int:
@@ -67,7 +73,8 @@ class Exporter:
                 hint="another program, or another qmp-upm, may have it: choose another port, "
                 'or "" for none',
             ) from error
-        if not ipaddress.ip_address(host).is_loopback:
+        self._loopback = ipaddress.ip_address(host).is_loopback
+        if not self._loopback:
             log.warning(
                 "metrics-not-on-loopback",
                 listen=listen,
@@ -87,8 +94,13 @@ class Exporter:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._connections) >= CONNECTIONS_MOST:
-            writer.transport.abort()
-            return
+            if not self._asking:
+                writer.transport.abort()
+                return
+            oldest = next(iter(self._asking))
+            del self._asking[oldest]
+            oldest.transport.abort()
+        self._asking[writer] = None
         task = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
@@ -96,7 +108,7 @@ class Exporter:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(CONNECTION_SECONDS):
-                writer.write(await self._answer(reader))
+                writer.write(await self._answer(reader, writer))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
@@ -104,12 +116,15 @@ class Exporter:
             # A client that is slow or gone is nobody's trouble but its own.
             log.debug("metrics-client-lost")
         finally:
+            self._asking.pop(writer, None)
             writer.transport.abort()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST_BYTES)
         try:
-            request = await _read_request(http, reader)
+            async with asyncio.timeout(ASK_SECONDS):
+                request = await _read_request(http, reader)
+            self._asking.pop(writer, None)
         except h11.RemoteProtocolError as error:
             return _encode(http, Page(b"", error.error_status_hint), head=False)
         return _encode(http, await self._page(request), head=request.method == b"HEAD")
@@ -117,6 +132,8 @@ class Exporter:
     async def _page(self, request: h11.Request) -> Page:
         if request.method not in (b"GET", b"HEAD"):
             return Page(b"only GET and HEAD\n", 405, allow="GET, HEAD")
+        if self._loopback and not _is_local(request):
+            return Page(b"ask for an address of this host, or for localhost\n", 421)
         path = request.target.split(b"?", 1)[0].decode("ascii", "replace")
         if path not in self._pages:
             return Page("\n".join(self._pages).encode() + b"\n", 404)
@@ -125,6 +142,20 @@ class Exporter:
         except Exception:  # a page's defect is not the daemon's end, nor is it hidden
             log.exception("page-failed", page=path, hint="report this")
             return Page(b"see the daemon's log\n", 500)
+
+
+def _is_local(request: h11.Request) -> bool:
+    """Whether it is for an address, or for a name that only this host gives itself."""
+    headers: dict[bytes, bytes] = dict(request.headers)
+    host = headers.get(b"host", b"localhost").decode("ascii", "replace").lower()
+    name = host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
+    if name in ("localhost", socket.gethostname().lower()):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def _read_request(http: h11.Connection, reader: asyncio.StreamReader) -> h11.Request:

@@ -15,10 +15,11 @@ from prometheus_client import ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from qmp_upm import logs
 from qmp_upm.exporter import Page, Pages
 from qmp_upm.host import Host
 from qmp_upm.looplag import LoopLag
-from qmp_upm.metrics import VM_FAMILIES, daemon_metrics
+from qmp_upm.metrics import VM_FAMILIES, DaemonFigures, daemon_metrics
 from qmp_upm.stats import VmView
 
 VMS_AT_ONCE = 8
@@ -88,7 +89,15 @@ def pages(host: Host, lag: LoopLag, ready: Callable[[], bool]) -> Pages:
     process = ProcessCollector(registry=None)
 
     def others() -> Iterator[Metric]:
-        yield from daemon_metrics(host.reload_state, lag, host.telemetry.files.evicted_bytes)
+        yield from daemon_metrics(
+            DaemonFigures(
+                host.reload_state,
+                lag,
+                host.telemetry.files.evicted_bytes,
+                logs.writer.lost,
+                host.supervisor.deaths,
+            )
+        )
         yield from process.collect()
 
     def pictures() -> Iterator[VmView]:

@@ -54,6 +54,11 @@ class ReturnTimes:
             found[mine] = rows[granule[mine]]
         return found
 
+    def forget(self, regions: frozenset[int]) -> None:
+        """These regions are gone. Their rows are given up with the next that are."""
+        for key in [key for key in self._rows if key[1] in regions]:
+            self.counts[self._rows.pop(key)] = 0
+
     def learn(self, returns: Returns) -> dict[Copy, int]:
         """Take in what came back.
 

@@ -9,9 +9,9 @@ of the two. So that this errs little, those are joined whose times differ least 
 age is overstated by more than a third on a guest that is watched for less than a day.
 
 Invariants: a page is stale in one copy at most; each stale page is in a layer; layers are in order
-of time. The mirror may hold a page that the plugin has discarded since (it was asked to, and the
-page was stale again in a record that was read later): discarding it once more is harmless. It never
-misses one for longer than a resynchronisation takes.
+of time. Between two looks at the plugin's figures the mirror may hold a page that the plugin has
+discarded since, and miss one whose discard failed: `qmp_upm.serving` compares, and reads the
+plugin's ledger anew where they differ.
 """
 
 import heapq
@@ -91,6 +91,10 @@ class Ledger:
     def bytes_of(self, copy: Copy) -> int:
         """Bytes of one copy."""
         return self._stale[copy].bytes
+
+    def bytes_by_region(self, copy: Copy) -> dict[int, int]:
+        """The same by the number of its region."""
+        return self._stale[copy].bytes_by_region()
 
     def converted(self) -> PageSet:
         """A set of its own with the pages that the last batch converted."""
@@ -198,11 +202,18 @@ class Ledger:
             front.pages.subtract(pages)
 
     def replace(self, stale: dict[Copy, PageSet], now_ns: int) -> None:
-        """Begin again with what the plugin says is stale. Known ages are kept, others are now."""
+        """Begin again with what the plugin says is stale. Known ages are kept, others are now.
+
+        So it is for what had been taken out and is still there, since its discard failed: it is as
+        old as its conversion.
+        """
         fresh = {copy: stale[copy].copy() for copy in Copy}
         for copy in Copy:
             fresh[copy] -= self._stale[copy]
+            fresh[copy] -= self._live[copy.other]
             self._stale[copy] = stale[copy].copy()
+        for layer in self._layers:
+            layer.spent = frozenset()
         for copy in Copy:
             self._live[copy].subtract(fresh[copy])
             self._live[copy] |= fresh[copy.other]
@@ -211,11 +222,22 @@ class Ledger:
         self._front = dict.fromkeys(Copy)
         self._last, self._kept, self._back = Digest(), no_sets(), no_sets()
 
-    def forget_regions_but(self, known: Collection[int]) -> None:
-        """Forget what is known of regions that are gone, such as those before a guest's reset."""
-        gone = [region for region in self._regions() if region not in known]
+    def forget_regions_but(self, known: Collection[int]) -> frozenset[int]:
+        """Forget what is known of regions that are gone, such as those before a guest's reset.
+
+        Returns which those were.
+        """
+        gone = frozenset(region for region in self._regions() if region not in known)
         for pages in self._sets():
             pages.drop_regions(gone)
+        return gone
+
+    def forget(self) -> None:
+        """Nothing is stale, and nothing is known of any page: it is another VM's ledger now."""
+        self.forget_regions_but(())
+        self._layers.clear()
+        self._front = dict.fromkeys(Copy)
+        self._last, self._kept, self._back = Digest(), no_sets(), no_sets()
 
     def _sets(self) -> Iterator[PageSet]:
         yield self._newer

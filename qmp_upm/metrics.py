@@ -9,16 +9,18 @@ not make new series without end. Durations are seconds, sizes bytes.
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client.core import Metric
 
 import qmp_upm
-from qmp_upm.families import Family, Histogram, Values, single
+from qmp_upm.families import PREFIX, Family, Histogram, Values, single
 from qmp_upm.host import ReloadState
 from qmp_upm.looplag import BOUNDS_SECONDS, LoopLag
 from qmp_upm.protocol import Copy
 from qmp_upm.stats import State, VmView
+from qmp_upm.supervision import TASKS
 from qmp_upm.units import NSEC
 
 LATENCY_POWERS = range(8, 32, 2)
@@ -60,7 +62,7 @@ def _fates(vm: VmView) -> Values:
 def _info(vm: VmView) -> Values:
     release = _RELEASE.match(vm.qemu_version or "")
     kind = vm.vm_kind if vm.vm_kind in _VM_KINDS else "unknown"
-    return {(vm.policy, release[0] if release else "unknown", str(kind)): 1}
+    return {(vm.policy, release[0] if release else "unknown", str(kind), vm.uuid or ""): 1}
 
 
 VM_FAMILIES = (
@@ -80,9 +82,9 @@ VM_FAMILIES = (
     Family(
         "gauge",
         "vm_info",
-        "Always 1: the VM's policy, its QEMU's release and its kind.",
+        "Always 1: the VM's policy, its QEMU's release, its kind and its UUID.",
         _info,
-        ("policy", "qemu", "kind"),
+        ("policy", "qemu", "kind", "uuid"),
     ),
     Family(
         "counter",
@@ -178,10 +180,22 @@ VM_FAMILIES = (
         lambda vm: vm.budget_bytes,
     ),
     Family(
+        "gauge",
+        "pressure_ratio",
+        "Share of time in which somebody waited for memory, as the VM's policy was told last.",
+        lambda vm: vm.pressure_percent / 100,
+    ),
+    Family(
         "counter",
         "dropped_records",
         "Records of conversions that the plugin overwrote before they were read.",
         lambda vm: vm.stats.dropped_records,
+    ),
+    Family(
+        "counter",
+        "unlisted_records",
+        "Records of conversions in memory that QEMU does not list, which were left out.",
+        lambda vm: vm.stats.unlisted_records,
     ),
     Family(
         "counter",
@@ -246,7 +260,18 @@ VM_FAMILIES = (
 )
 
 
-def daemon_metrics(reload: ReloadState, lag: LoopLag, evicted_bytes: int) -> Iterator[Metric]:
+@dataclass(frozen=True)
+class DaemonFigures:
+    """What is told of the daemon itself. ``task_deaths``: by kind of task."""
+
+    reload: ReloadState
+    lag: LoopLag
+    evicted_bytes: int
+    lost_log_lines: int
+    task_deaths: Mapping[str, int]
+
+
+def daemon_metrics(figures: DaemonFigures) -> Iterator[Metric]:
     """Those of the daemon itself."""
     yield single(
         "gauge",
@@ -260,23 +285,35 @@ def daemon_metrics(reload: ReloadState, lag: LoopLag, evicted_bytes: int) -> Ite
         "gauge",
         "config_last_reload_successful",
         "1 if the last attempt to load the configuration succeeded.",
-        float(reload.successful),
+        float(figures.reload.successful),
     )
     yield single(
         "gauge",
         "config_last_reload_success_timestamp_seconds",
         "When the configuration was last loaded, since 1970.",
-        reload.time,
+        figures.reload.time,
     )
     yield single(
         "histogram",
         "event_loop_lag_seconds",
         "How late a timer of the event loop was.",
-        Histogram(BOUNDS_SECONDS, list(accumulate(lag.counts)), lag.total_seconds),
+        Histogram(BOUNDS_SECONDS, list(accumulate(figures.lag.counts)), figures.lag.total_seconds),
     )
     yield single(
         "counter",
         "telemetry_evicted_bytes",
         "Bytes of old telemetry that were deleted to keep the cap.",
-        evicted_bytes,
+        figures.evicted_bytes,
     )
+    yield single(
+        "counter",
+        "log_lost_lines",
+        "Lines of the log that stderr was too slow for, or refused.",
+        figures.lost_log_lines,
+    )
+    deaths = Metric(
+        f"{PREFIX}task_deaths", "Tasks that died of a defect and were begun again.", "counter"
+    )
+    for task in TASKS:
+        deaths.add_sample(f"{deaths.name}_total", {"task": task}, figures.task_deaths.get(task, 0))
+    yield deaths

@@ -12,6 +12,8 @@ from pyroaring import BitMap
 PAGE_BYTES = 4096
 LONG_PAGES = 64
 """From here on a run goes into a bitmap as a range; shorter ones go page by page, all at once."""
+CONTAINER_BYTES = 48
+"""What a container costs beside its content: its entries in tables, and malloc's own."""
 FEW_PAGES = 1 << 16
 """Up to so many pages runs are found among their numbers, in more among the bits."""
 
@@ -121,6 +123,21 @@ class PageSet:
     def bytes(self) -> int:
         """Bytes of all pages in the set."""
         return sum(len(pages) for pages in self._regions.values()) * PAGE_BYTES
+
+    def bytes_by_region(self) -> dict[int, int]:
+        """Bytes of the pages of each region."""
+        return {region: len(pages) * PAGE_BYTES for region, pages in self._regions.items()}
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the set takes, about: its containers, of 2^16 pages each, and their tables."""
+        total = 0
+        for pages in self._regions.values():
+            about = pages.get_statistics()
+            total += about["n_bytes_array_containers"] + about["n_bytes_run_containers"]
+            total += about["n_bytes_bitset_containers"]
+            total += CONTAINER_BYTES * about["n_containers"]
+        return total
 
     @property
     def regions(self) -> list[int]:

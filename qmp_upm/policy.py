@@ -9,8 +9,7 @@ and starts nothing. It is found by its entry point in the group ``qmp_upm.polici
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -97,6 +96,24 @@ class Pressure:
     cgroup_memory_bytes: int | None = None
     cgroup_limit_bytes: int | None = None
 
+    @property
+    def some_percent(self) -> float:
+        """The host's or the cgroup's, whichever is more."""
+        return max(self.host_some_percent, self.cgroup_some_percent)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the VM's discards have taken on this host so far, as the plugin measures its own.
+
+    ``calls``: hole punches, of 512 pages at most; ``pages`` in all of them; ``seconds`` in all of
+    them, to a third, since the plugin counts by powers of two. QEMU's own are not among them.
+    """
+
+    calls: int
+    pages: int
+    seconds: float
+
 
 @dataclass(frozen=True)
 class Discard:
@@ -135,7 +152,13 @@ class Policy(ABC):
         """What to keep and what to discard. ``now_ns`` is the clock of the records and ages."""
 
     def attached(self, ledger: LedgerView, now_ns: int) -> None:  # noqa: B027 - need not care
-        """The VM is there, perhaps again, and its ledger has just been read."""
+        """The ledger has just been read: the VM is there, or the daemon had lost track of it."""
+
+    def forgotten(self, regions: frozenset[int]) -> None:  # noqa: B027
+        """These regions are gone with all their pages; whatever is known of them can go, too."""
+
+    def measured(self, discards: Measured) -> None:  # noqa: B027
+        """What discards cost here: all so far, told again every few seconds as they are made."""
 
     def detached(self) -> None:  # noqa: B027
         """The VM is gone, or the daemon leaves it."""
@@ -144,41 +167,73 @@ class Policy(ABC):
         """This policy takes over from another, in mid-course and with the same ledger."""
 
 
-@cache
-def _installed() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+@dataclass(frozen=True)
+class PolicyFactory:
+    """A policy with validated parameters; each call makes one for another VM.
+
+    What the parameters were read from, such as a file of prices, is not read again. Two are equal
+    if they make the same.
+    """
+
+    name: str
+    kind: type[Policy]
+    parameters: Parameters
+
+    def __call__(self) -> Policy:
+        """A new one. It is anybody's code that runs here."""
+        return self.kind(self.parameters)
 
 
-def make_policy(name: str, parameters: Mapping[str, object]) -> Policy:
+def find_policy(name: str, parameters: Mapping[str, object]) -> PolicyFactory:
     """The installed policy of this name with these parameters.
 
     Raises ConfigError that names the known policies, or the parameter and what is wrong with it.
     """
-    entry = _installed().get(name)
-    if entry is None:
+    installed = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in installed:
         raise ConfigError(
             f"there is no policy {name!r}",
-            hint=f"installed policies: {', '.join(sorted(_installed()))}",
+            hint=f"installed policies: {', '.join(sorted(installed))}",
         )
-    policy = entry.load()
+    entry = installed[name]
+    try:
+        policy = entry.load()
+    except Exception as error:
+        raise ConfigError(
+            f"the policy {name!r} ({entry.value}) can't be loaded: {error!r}",
+            hint="this is for its author to mend; choose another meanwhile",
+        ) from error
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
         raise ConfigError(
             f"the policy {name!r} ({entry.value}) is not a qmp_upm.policy.Policy",
             hint="this is for its author to mend; choose another meanwhile",
         )
+    return PolicyFactory(name, policy, _validate(name, policy.Parameters, parameters))
+
+
+def _validate(name: str, model: type[Parameters], parameters: Mapping[str, object]) -> Parameters:
     try:
-        validated = policy.Parameters.model_validate(parameters)
+        return model.model_validate(parameters)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(policy.Parameters.model_fields)
+        known = ", ".join(model.model_fields)
         raise ConfigError(
             f"policy {name!r}: {key}: {first['msg']}"
             if key
             else f"policy {name!r}: {first['msg']}",
             hint=f"its parameters: {known or 'none'}",
         ) from error
-    return policy(validated)
+    except Exception as error:
+        raise ConfigError(
+            f"policy {name!r}: its parameters can't be read: {error!r}",
+            hint="this is for its author to mend; choose another meanwhile",
+        ) from error
+
+
+def make_policy(name: str, parameters: Mapping[str, object]) -> Policy:
+    """One of these, at once. ConfigError as for `find_policy`; what it raises itself, too."""
+    return find_policy(name, parameters)()
 
 
 def checked(decision: object) -> Decision:

@@ -3,7 +3,11 @@
 
 Sources: proc(5), Documentation/accounting/psi.rst and cgroup-v2.rst of the kernel. What can't be
 read is not known: a kernel without PSI, a cgroup of version 1, or a process that has gone is no
-error. Only VMs that hold something are looked at: pressure is a reason to give it back.
+error. Only VMs that hold something are looked at, since pressure is a reason to give it back, and
+those that were last told of pressure, since they hold nothing for as long as that lasts.
+
+Where the kernel lets us, it says itself when pressure begins (`qmp_upm.trigger`); that it has ended
+is read.
 """
 
 import asyncio
@@ -12,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmp_upm.policy import Pressure
+from qmp_upm.stats import State
+from qmp_upm.trigger import TRIGGER_PERCENT, Trigger
 from qmp_upm.vm import Session
 
 STEP_PERCENT = 1.0
@@ -32,38 +38,63 @@ class PressureFiles:
 
     def of_vm(self, host: Pressure, process: int) -> Pressure:
         """The host's part with that of the process's cgroup."""
-        group = self._group_of(process)
-        if group is None:
+        groups = self._groups_of(process)
+        if not groups:
             return host
-        some, full = _averages(group / "memory.pressure")
+        some, full = _averages(groups[0] / "memory.pressure")
+        limits = [limit for group in groups if (limit := _number(group / "memory.max")) is not None]
         return replace(
             host,
             cgroup_some_percent=some,
             cgroup_full_percent=full,
-            cgroup_memory_bytes=_number(group / "memory.current"),
-            cgroup_limit_bytes=_number(group / "memory.max"),
+            cgroup_memory_bytes=_number(groups[0] / "memory.current"),
+            cgroup_limit_bytes=min(limits, default=None),
         )
 
-    def _group_of(self, process: int) -> Path | None:
-        """Its directory in the unified hierarchy: the line ``0::/…`` of /proc/PID/cgroup."""
+    def _groups_of(self, process: int) -> list[Path]:
+        """The directories in the unified hierarchy that limit its memory, the nearest first.
+
+        /proc/PID/cgroup names the leaf (``0::/…``). libvirt puts QEMU's threads into threaded
+        groups, ``….scope/libvirt/emulator`` and ``vcpuN``, that have the processor's controllers
+        only: the memory of all of them is the scope's.
+        """
         for line in _read(self.proc / str(process) / "cgroup").splitlines():
             if line.startswith("0::/"):
-                return self.cgroup / line.removeprefix("0::/")
-        return None
+                leaf = self.cgroup / line.removeprefix("0::/")
+                groups = (leaf, *leaf.parents[: len(leaf.parts) - len(self.cgroup.parts)])
+                return [group for group in groups if _is_file(group / "memory.max")]
+        return []
 
 
 async def watch_pressure(
     files: PressureFiles, sessions: Callable[[], Iterable[Session]], interval_s: Callable[[], float]
 ) -> None:
-    """Tell each VM that holds something of its pressure, until cancelled."""
-    while True:
-        host = files.of_host()
-        for session in sessions():
-            if any(session.guest.stats.stale_bytes.values()):
-                now = files.of_vm(host, session.peer_pid) if session.peer_pid > 0 else host
-                if _differs(session.guest.pressure, now):
-                    session.feel(now)
-        await asyncio.sleep(interval_s())
+    """Tell each attached VM of a change of its pressure, until cancelled."""
+    with Trigger(files.proc / "pressure" / "memory") as trigger:
+        while True:
+            host = files.of_host()
+            if trigger.is_fresh:  # the averages come after
+                host = replace(host, host_some_percent=max(host.host_some_percent, TRIGGER_PERCENT))
+            for session in list(sessions()):
+                _tell(session, host, files)
+                await asyncio.sleep(0)  # there may be a thousand
+            await trigger.wait(interval_s())
+
+
+def _tell(session: Session, host: Pressure, files: PressureFiles) -> None:
+    told = session.guest.pressure
+    if session.state is not State.ATTACHED:
+        return
+    if _is_calm(told) and not any(session.guest.stats.stale_bytes.values()):
+        return
+    now = files.of_vm(host, session.peer.process) if session.peer.process > 0 else host
+    if _differs(told, now) or (_is_calm(now) and not _is_calm(told)):
+        session.feel(now)
+
+
+def _is_calm(pressure: Pressure) -> bool:
+    """Whether nobody waits for memory."""
+    return not any(_percents(pressure)[:4])
 
 
 def _differs(before: Pressure, now: Pressure) -> bool:
@@ -107,8 +138,15 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() else None
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="ascii", errors="replace")
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that the file system's encoding has not
         return ""

@@ -7,8 +7,8 @@ own and only fill the queue of events.
 
 import asyncio
 import logging
+import resource
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,26 +19,36 @@ from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Ru
 from qemu.qmp.events import EventListener
 from qemu.qmp.message import Message as WireMessage
 
-from qmp_upm.errors import CommandError, LinkError, MessageError, PeerError, SilentError, TakenError
+from qmp_upm.credentials import Credentials, ReadCredentials, read_credentials
+from qmp_upm.errors import (
+    CommandError,
+    ExcessError,
+    LinkError,
+    MessageError,
+    PeerError,
+    SilentError,
+    TakenError,
+)
+from qmp_upm.limits import (
+    EVENTS_MOST,
+    FILES_KEPT,
+    MESSAGE_BYTES_MOST,
+    UNASKED_BYTES,
+    UNASKED_MESSAGES,
+    Allowance,
+)
 from qmp_upm.protocol import EVENTS, Event, read_message
 
 CONNECT_SECONDS = 5.0
 EXECUTE_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
-MESSAGE_BYTES_MOST = 2 << 20
-"""The longest message that is read: four times what the longest answer takes."""
-EVENTS_MOST = 1024
-"""Events kept for the session; more are dropped and make it read everything again."""
-YIELD_EVERY = 64
+YIELD_EVERY = 16
 """Messages after which the reader lets others run: it does not wait while it has data."""
 
 # Why a session may end: RecursionError is JSON nested too deep.
 _BROKEN = (QMPError, OSError, EOFError, ValueError, RecursionError, MessageError)
 
 Item = TypeVar("Item")
-
-_PEER = struct.Struct("3i")
-"""struct ucred: process, user, group."""
 
 _NAMES = TypeAdapter(list[dict[str, Any]])
 
@@ -115,13 +125,36 @@ class BoundedClient(QMPClient):
 
 
 class _QemuClient(BoundedClient):
-    """Of a peer that is not trusted."""
+    """Of a peer that is not trusted. ``received_bytes``: all that it has sent."""
+
+    def __init__(self, events: EventQueue[Any], message_bytes_most: int) -> None:
+        super().__init__(events, message_bytes_most)
+        self.received_bytes = 0
+        self._line_bytes = 0
+        self._messages, self._bytes = Allowance(UNASKED_MESSAGES), Allowance(UNASKED_BYTES)
 
     async def _readline(self) -> bytes:
         line: bytes = await super()._readline()
         if not line.endswith(b"\n"):
             raise EOFError  # QEMU was killed in mid-sentence: that is no fault of its words
+        self._line_bytes = len(line)
+        self.received_bytes += len(line)
         return line
+
+    async def _on_message(self, msg: WireMessage) -> None:
+        if "event" in msg or str(msg.get("id")) not in self._pending:
+            self._charge()
+        await super()._on_message(msg)
+
+    def _charge(self) -> None:
+        """Nobody asked for this message."""
+        enough = self._messages.take(1), self._bytes.take(self._line_bytes)
+        if not all(enough):
+            raise ExcessError(
+                f"QEMU sends more than {UNASKED_MESSAGES} messages or {UNASKED_BYTES >> 10} KiB "
+                "a second that nobody asked for",
+                hint="look what is the matter with the guest; the VM is tried again later",
+            )
 
 
 def _plugin_event(event: WireMessage) -> Event | None:
@@ -135,13 +168,18 @@ def _plugin_event(event: WireMessage) -> Event | None:
 class Monitor:
     """A QMP session with one QEMU. Raises LinkError, MessageError or CommandError, nothing else."""
 
-    def __init__(self, socket_path: str) -> None:
+    def __init__(
+        self, socket_path: str, read_credentials: ReadCredentials = read_credentials
+    ) -> None:
         self.socket_path = socket_path
-        self.peer_pid = 0
+        self.peer = Credentials(0, 0)
+        self._read_credentials = read_credentials
         self._link: socket.socket | None = None
         self._events = EventQueue(_plugin_event)
         self._client = _QemuClient(self._events, MESSAGE_BYTES_MOST)
         self._oob = False
+        self.nobody = False
+        """Whether nobody listens there."""
 
     async def connect(self) -> None:
         """Connect and negotiate.
@@ -153,15 +191,16 @@ class Monitor:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._client.connect(await self._open())
         except TimeoutError as error:
-            if _is_stopped(self.peer_pid):
+            if _is_stopped(self.peer.process):
                 raise SilentError(
-                    f"QEMU, process {self.peer_pid}, is stopped",
-                    hint=f"somebody sent it SIGSTOP, or debugs it: kill -CONT {self.peer_pid}",
+                    f"QEMU, process {self.peer.process}, is stopped",
+                    hint=f"somebody sent it SIGSTOP, or debugs it: kill -CONT {self.peer.process}",
                 ) from error
             raise self._taken() from error
         except _BROKEN as error:
             if not isinstance(_innermost(error), OSError | EOFError):
                 raise _garbage(error) from error
+            self.nobody = isinstance(_innermost(error), ConnectionRefusedError | FileNotFoundError)
             raise LinkError(
                 f"cannot connect to {self.socket_path}: {_cause(error)}",
                 hint="check that the VM runs, that its monitor listens there, and the permissions "
@@ -174,12 +213,16 @@ class Monitor:
         """A connected socket. OSError if there is nobody, TakenError if the queue is full."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._link = link
+        # Descriptors are given out from the lowest on.
+        if link.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FILES_KEPT:
+            raise LinkError(
+                "the daemon has no file descriptors left for this VM",
+                hint="raise the limit, LimitNOFILE= of its unit; others are served on",
+            )
         try:
             # asyncio takes the EAGAIN of a full queue for a connection on its way (unix(7)).
             link.connect(self.socket_path)
-            self.peer_pid = _PEER.unpack(
-                link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            )[0]
+            self.peer = self._read_credentials(link)
         except BlockingIOError as error:
             raise self._taken() from error
         return link

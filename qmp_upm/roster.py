@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sessions of a host, each with a task and a name of its own.
-
-One that dies of a defect is seen and begun again; the others go on.
-"""
+"""The sessions of a host, each with a task and a name of its own."""
 
 import asyncio
 from collections import OrderedDict
@@ -12,15 +9,16 @@ import structlog
 
 from qmp_upm.clock import Clock
 from qmp_upm.config import Config
-from qmp_upm.errors import UnknownVmError
+from qmp_upm.credentials import ReadCredentials, read_credentials
+from qmp_upm.errors import OtherMonitorError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName
 from qmp_upm.guest import Admission
 from qmp_upm.identity import Identity, unique
 from qmp_upm.stats import PluginTotals, VmStats
+from qmp_upm.supervision import Supervisor
 from qmp_upm.telemetry import TelemetryWriter
 from qmp_upm.vm import Session
 
-RESTART_SECONDS = 5.0
 LEAVE_SECONDS = 4.0
 """How long VMs may take to be left, all at the same time."""
 REMEMBERED_MOST = 1024
@@ -38,14 +36,17 @@ class Roster:
         telemetry: TelemetryWriter,
         publish: Callable[[HostEvent], None],
         clock: Clock,
+        *,
+        supervisor: Supervisor,
+        read_credentials: ReadCredentials = read_credentials,
     ) -> None:
         self.by_name: dict[str, Session] = {}
-        self.deaths = 0
-        """Sessions that died of a defect."""
         self._config = config
         self._telemetry = telemetry
         self._publish = publish
         self._clock = clock
+        self._supervisor = supervisor
+        self._read_credentials = read_credentials
         self._tasks: dict[Session, asyncio.Task[None]] = {}
         self._totals: OrderedDict[str, PluginTotals] = OrderedDict()
 
@@ -67,15 +68,19 @@ class Roster:
         session = Session(
             socket,
             self._admission(name),
-            self._admit if name not in self._config().static else self._admit_static,
+            self._admit,
             lambda event, data: self._tell(session, event, data),
             self._clock,
+            read_credentials=self._read_credentials,
         )
         if self._config().host.budget is not None:
             session.guest.share = 0
             session.guest.set_budget()
         self.by_name[name] = session
-        self._tasks[session] = asyncio.create_task(self._supervise(session), name=f"vm {socket}")
+        self._tasks[session] = asyncio.create_task(
+            self._supervisor.keep("session", session.run, lambda: session.name),
+            name=f"vm {socket}",
+        )
         self._publish(HostEvent(HostEventName.VM_ADDED, name, {"socket": socket}))
         return session
 
@@ -91,17 +96,9 @@ class Roster:
             if late:
                 log.error("not-left-in-time", vms=len(late), hint="their leases run out by itself")
         for session in sessions:
+            session.guest.batches.close()
             self._remember(session.name, session.guest.totals)
             self._publish(HostEvent(HostEventName.VM_REMOVED, session.name))
-
-    async def _supervise(self, session: Session) -> None:
-        while True:
-            try:
-                await session.run()
-            except Exception:
-                self.deaths += 1
-                log.exception("session-died", vm=session.name, hint="report this; it is restarted")
-            await asyncio.sleep(self._clock.jittered(RESTART_SECONDS))
 
     def _tell(self, session: Session, event: HostEventName, data: Mapping[str, object]) -> None:
         self._publish(HostEvent(event, session.name, data))
@@ -111,24 +108,43 @@ class Roster:
         settings = self._config().settings_of(name)
         return Admission(name, settings, self._telemetry.of(name), totals)
 
-    def _admit_static(self, session: Session, _identity: Identity) -> Admission:
-        """The configuration names it; what QEMU says is only shown."""
-        guest = session.guest
-        settings = self._config().settings_of(guest.name)
-        return Admission(guest.name, settings, guest.telemetry, guest.totals)
-
     def _admit(self, session: Session, identity: Identity) -> Admission:
-        """It gets the name that it wants if nobody else has it, and the configuration of that."""
-        was = session.name
+        """The configuration's name for its socket, else the one that it wants if nobody has it.
+
+        With it comes what the configuration says now. OtherMonitorError if its process is served
+        already.
+        """
+        self._claim(session)
+        was, guest = session.name, session.guest
         del self.by_name[was]
-        name = self._free_name(identity.wanted_name(session.socket), session.socket)
+        name = self._own_name(session.socket, identity)
         self.by_name[name] = session
         if name == was:
-            return self._admit_static(session, identity)
-        self._remember(was, session.guest.totals)
+            settings = self._config().settings_of(name)
+            return Admission(name, settings, guest.telemetry, guest.totals)
+        self._remember(was, guest.totals)
         self._publish(HostEvent(HostEventName.VM_REMOVED, was, {"renamed": name}))
         self._publish(HostEvent(HostEventName.VM_ADDED, name, {"socket": session.socket}))
         return self._admission(name)
+
+    def _claim(self, session: Session) -> None:
+        """A process is served at one of its monitors: more would be more parts of the budget."""
+        if session.peer.process <= 0:
+            return
+        for other in self.by_name.values():
+            alive = other is not session and other.nobody_since_ns is None
+            if alive and other.served == session.peer:
+                raise OtherMonitorError(
+                    f"this QEMU, process {session.peer.process}, is served as {other.name} at "
+                    f"{other.socket}",
+                    hint="give a QEMU one monitor for qmp-upm",
+                )
+
+    def _own_name(self, socket: str, identity: Identity) -> str:
+        for name, static in self._config().static.items():
+            if static == socket and name not in self.by_name:
+                return name
+        return self._free_name(identity.wanted_name(socket), socket)
 
     def _free_name(self, wanted: str, socket: str) -> str:
         """Names of the configuration's own VMs are not given to others."""

@@ -7,15 +7,20 @@ nothing costs two to five reads in each lease.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-
-import structlog
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from qmp_upm.backends import KvmAttributes, Request, Settings
-from qmp_upm.errors import MessageError, PeerError, PluginMissingError, UnavailableError
+from qmp_upm.errors import (
+    MessageError,
+    PeerError,
+    PluginMissingError,
+    UnavailableError,
+)
 from qmp_upm.events import HostEventName
 from qmp_upm.exits import PluginExits
+from qmp_upm.flushing import FlushUnderWay
 from qmp_upm.guest import Guest
+from qmp_upm.limits import RECOVER_SECONDS
 from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.policy import Batch, Discard
 from qmp_upm.protocol import (
@@ -30,6 +35,8 @@ from qmp_upm.protocol import (
     Query,
 )
 from qmp_upm.qmp import Monitor
+from qmp_upm.refresh import Refresh, in_company
+from qmp_upm.stats import FEW_DISCARDS, FEW_SECONDS
 from qmp_upm.units import NSEC
 
 LEAVE_SECONDS = 2.5
@@ -42,35 +49,8 @@ RANGES_LEAST = 1 << 18
 """Ranges of a ledger that are read whatever the budget."""
 TURN_SECONDS = 0.002
 """The least time from one turn to the next, while the plugin has no backlog."""
-REFRESH_SECONDS = 3.0
-"""How old the plugin's counters may be after they have changed."""
-COMPANIES = 16
-"""In which sessions do what has some time: half of them, as jitter has it."""
 DRAIN_SECONDS = 2.0
 """How long the plugin may take to give back what is above a smaller budget."""
-
-log = structlog.get_logger()
-
-
-class _Flush:
-    """A flush under way: the requests that are not finished, and the bytes of those that are."""
-
-    def __init__(self, done: asyncio.Future[int]) -> None:
-        self.done = done
-        self.waiting: set[int] = set()
-        self.given_back = 0
-
-    def finish(self, request: int, discarded: int) -> None:
-        """One of its requests is over."""
-        if request in self.waiting:
-            self.waiting.discard(request)
-            self.given_back += discarded
-            self.settle()
-
-    def settle(self) -> None:
-        """Answer, if nothing is under way."""
-        if not self.waiting and not self.done.done():
-            self.done.set_result(self.given_back)
 
 
 class Serving:
@@ -86,11 +66,13 @@ class Serving:
             int(guest.clock.chance() * (1 << 40)) << 20,
             lambda: guest.clock.monotonic_ns() / NSEC,
         )
-        self._flushes: list[_Flush] = []
+        self._flushes: list[FlushUnderWay] = []
         self._ask_policy = True
         self._turn_ns = guest.clock.monotonic_ns()
         self._renew_ns = self._next_renewal_ns()
-        self._refresh_ns: int | None = None
+        self._refresh = Refresh(guest.clock)
+        self._expired = False
+        self._recover_ns = 0
 
     def _settings(self) -> Settings:
         settings = self._guest.settings
@@ -115,9 +97,8 @@ class Serving:
             )
         self._exits.start(query.records.head)
         first = self._guest.decide(Batch())
-        await self._backend.configure(first.defer, first.hold_bytes)
+        await self._configure(first.defer, first.hold_bytes)
         await self._resynchronise()
-        self._guest.policy.attached(self._guest.ledger)
         return query
 
     async def serve(self, answer: Callable[[], Awaitable[None]]) -> None:
@@ -147,51 +128,54 @@ class Serving:
     async def reconfigure(self) -> None:
         """The settings or the budget have changed."""
         self._backend.settings = self._settings()
-        await self._backend.configure(
-            self._backend.deferred or frozenset(), self._backend.hold_bytes
-        )
+        await self._configure(self._backend.deferred or frozenset(), self._backend.hold_bytes)
         self.reconsider()
+
+    async def _configure(self, defer: frozenset[Copy], hold_bytes: int | None) -> None:
+        """Tell the plugin. What it gives back by itself for that, it tells nobody."""
+        await self._backend.configure(defer, hold_bytes)
+        self._refresh.want()
 
     async def drain_to(self, budget_bytes: int) -> int:
         """Wait until no more than that is stale, for a while; returns what is."""
         deadline_ns = self._guest.clock.monotonic_ns() + int(DRAIN_SECONDS * NSEC)
+        pause_s = DRAIN_SECONDS / 100
         while True:
             stale = (await self._exits.query()).stale
             held = stale.private + stale.shared
             if held <= budget_bytes or self._guest.clock.monotonic_ns() >= deadline_ns:
                 return held
-            await asyncio.sleep(DRAIN_SECONDS / 100)
+            await asyncio.sleep(pause_s)
+            pause_s *= 2  # there may be a thousand VMs that are asked this
 
     async def flush(self, copy: Copy | None, done: asyncio.Future[int]) -> None:
         """Discard what is stale now; ``done`` is told the bytes when the plugin has."""
-        await self._catch_up()
-        flush = _Flush(done)
+        dropped = 0
+        async for batch in self._backlog():
+            dropped += batch.dropped
+            if len(batch):
+                await self._decide(batch)
+        if dropped:
+            await self._resynchronise()
+        flush = FlushUnderWay(done)
         self._flushes.append(flush)
         for side in Copy if copy is None else (copy,):
             requests = self._submit(Discard(side, self._guest.ledger.stale(side), "flush"))
             flush.waiting |= {request.id for request in requests}
         flush.settle()
+        self._ask_policy = True  # what it had planned for is gone, or read just now
         await self._pump()
 
     def _wait_seconds(self) -> float:
         if not self._exits.drained:
             return 0.0
-        dues = (self._renew_ns, self._refresh_ns, self._guest.policy.wake_at_ns)
+        recover_ns = self._recover_ns if self._expired else None
+        dues = (self._renew_ns, self._refresh.due_ns, self._guest.policy.wake_at_ns, recover_ns)
         due = min(ns for ns in dues if ns is not None)
         return max((due - self._guest.clock.monotonic_ns()) / NSEC, TURN_SECONDS)
 
     def _next_renewal_ns(self) -> int:
-        return self._in(self._guest.settings.lease / 2)
-
-    def _in(self, seconds: float) -> int:
-        """After so long at most, in company.
-
-        VMs that do the same at the same time come neither all at once, which others would feel, nor
-        one by one, for each of which the daemon would wake up.
-        """
-        clock = self._guest.clock
-        due_ns = clock.monotonic_ns() + int(clock.jittered(seconds) * NSEC)
-        return due_ns - due_ns % max(1, int(seconds * NSEC) // COMPANIES)
+        return in_company(self._guest.clock, self._guest.settings.lease / 2)
 
     async def _pace(self) -> None:
         """A peer that sends events without end gets no more turns than others."""
@@ -205,7 +189,8 @@ class Serving:
         stale = self._monitor.take_dropped_events() > 0
         for event in events:
             self._on_event(event)
-        if any(event.event == "X_UPM_LEASE_EXPIRED" for event in events):
+        self._expired |= any(event.event == "X_UPM_LEASE_EXPIRED" for event in events)
+        if self._expired and self._guest.clock.monotonic_ns() >= self._recover_ns:
             await self._on_lease_expired()
             stale = True
         batch = Batch()
@@ -213,12 +198,12 @@ class Serving:
             batch = await self._exits.read()
             self._renew_ns = self._next_renewal_ns()
             self._follow(batch)
-        if stale or batch.dropped:
+        if self._guest.overgrown() or stale or batch.dropped:
             await self._resynchronise()
         if self._wants_decision(batch):
             await self._decide(batch)
         await self._pump()
-        await self._refresh()
+        await self._look()
 
     def _wants_read(self, events: list[Event]) -> bool:
         """Whether there is something to read, the lease to renew, or a decision to be made.
@@ -242,20 +227,23 @@ class Serving:
         decision = self._guest.decide(batch)
         asked = self._backend.deferred, self._backend.hold_bytes
         if (decision.defer, decision.hold_bytes) != asked:
-            await self._backend.configure(decision.defer, decision.hold_bytes)
+            await self._configure(decision.defer, decision.hold_bytes)
         for discard in decision.discards:
             self._submit(discard)
 
     def _submit(self, discard: Discard) -> list[Request]:
-        self._guest.ledger.remove(discard.copy, discard.pages)
-        requests = self._backend.submit(discard)
+        ledger, deferred = self._guest.ledger, self._backend.deferred or frozenset()
+        # Of a copy that is kept, more may become stale until the plugin comes to it.
+        everything = discard.copy not in deferred and discard.pages == ledger.stale(discard.copy)
+        ledger.remove(discard.copy, discard.pages)
+        requests = self._backend.submit(discard, everything=everything)
         for request in requests:
             self._guest.telemetry.line(
                 "decision",
                 id=request.id,
                 copy=discard.copy,
                 bytes=request.bytes,
-                ranges=len(request.ranges),
+                ranges=0 if request.runs is None else len(request.runs.region),
                 reason=discard.reason,
             )
         self._guest.count_stale()
@@ -271,28 +259,40 @@ class Serving:
         if refused:
             await self._resynchronise()
 
-    async def _refresh(self) -> None:
-        """The plugin's counters, some time after they have changed."""
-        if self._refresh_ns is not None and self._guest.clock.monotonic_ns() >= self._refresh_ns:
-            self._take(await self._exits.query())
-
-    def _want_refresh(self) -> None:
-        if self._refresh_ns is None:
-            self._refresh_ns = self._in(REFRESH_SECONDS)
+    async def _look(self) -> None:
+        """Take the plugin's figures when it is time, and compare."""
+        if not self._refresh.is_due:
+            return
+        query = await self._exits.query()
+        self._take(query)
+        quiet = query.records.head == self._exits.cursor and not self._backend.busy
+        if quiet and self._guest.agrees(query):
+            self._refresh.doubt = False
+            self._refresh.on_well()
+        elif quiet or self._refresh.doubt:
+            if self._refresh.is_patient:
+                await self._resynchronise()
+                self._refresh.on_differs()
+            self._refresh.want()
 
     def _take(self, query: Query) -> None:
         self._guest.take(query)
-        self._refresh_ns = None
+        held_bytes = query.stale.private + query.stale.shared + self._guest.ledger.stale_bytes
+        self._refresh.taken(holds=held_bytes > 0)
 
     def _follow(self, batch: Batch) -> None:
+        self._guest.stats.unlisted_records += self._exits.unlisted
+        self._exits.unlisted = 0
         if len(batch) or batch.dropped:
-            self._want_refresh()
+            self._refresh.want()
             self._guest.follow(batch, self._exits.cursor)
 
-    async def _catch_up(self) -> None:
+    async def _backlog(self) -> AsyncIterator[Batch]:
         """Follow all that the plugin has on record by now, however fast the guest goes on."""
         for _ in range(RING_RECORDS // READ_MOST):
-            self._follow(await self._exits.read())
+            batch = await self._exits.read()
+            self._follow(batch)
+            yield batch
             if self._exits.drained:
                 return
 
@@ -300,15 +300,17 @@ class Serving:
         """Read the plugin's ledger. MessageError if it has no end."""
         try:
             async with asyncio.timeout(RESYNC_SECONDS):
-                query = await self._exits.query()
-                stale = await self._exits.read_stale(query, self._ranges_most())
+                query, stale = await self._exits.read_ledger(self._ranges_most())
         except TimeoutError as error:
             raise MessageError(
                 f"the plugin's ledger was not read within {RESYNC_SECONDS:.0f} s",
                 hint="the VM's QEMU or plugin is faulty; restart the VM",
             ) from error
+        self._backend.take_out(stale)
         self._guest.resynchronise(stale, query)
         self._take(query)
+        self._refresh.want()  # the guest went on meanwhile
+        self._refresh.doubt = False
         self._ask_policy = True
 
     def _ranges_most(self) -> int:
@@ -322,29 +324,33 @@ class Serving:
         if isinstance(event.data, Discarded):
             self._on_discarded(event.data)
         elif isinstance(event.data, BudgetReached):
-            self._want_refresh()
+            self._refresh.want()
             self._guest.tell_rarely(
                 HostEventName.BUDGET_REACHED, stale=event.data.stale, budget=event.data.budget
             )
 
     async def _on_lease_expired(self) -> None:
+        self._expired = False
+        self._recover_ns = self._guest.clock.monotonic_ns() + int(RECOVER_SECONDS * NSEC)
         self._guest.stats.lease_expiries += 1
-        log.warning(
-            "lease-expired", vm=self._guest.name, hint="this daemon was too slow, or stopped"
-        )
+        self._guest.warn_rarely("lease-expired", "this daemon was too slow, or stopped")
         self._guest.tell_rarely(HostEventName.LEASE_EXPIRED)
-        await self._backend.configure(
-            self._backend.deferred or frozenset(), self._backend.hold_bytes
-        )
+        await self._configure(self._backend.deferred or frozenset(), self._backend.hold_bytes)
 
     def _on_discarded(self, done: Discarded) -> None:
         request = self._backend.complete(done)
         if request is None:
             return
-        self._want_refresh()
         stats, discard = self._guest.stats, request.discard
+        self._refresh.want()
+        if stats.discard_calls < FEW_DISCARDS:
+            self._refresh.want_within(FEW_SECONDS)
         stats.count_discard(discard.copy, discard.reason, done.discarded, done.skipped)
-        stats.failed_discards += done.error is not None
+        if done.error is not None:
+            stats.failed_discards += 1
+            self._refresh.on_failed()
+        elif done.discarded:
+            self._refresh.on_well()
         self._guest.telemetry.line(
             "discard",
             id=done.id,
@@ -365,14 +371,14 @@ class Serving:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._backend.configure(frozenset())
                 await self._settle()
-                await self._catch_up()
+                async for _ in self._backlog():
+                    pass
                 query = await self._exits.query()
                 self._take(query)
                 self._guest.telemetry.line("detached", counters=query.counters)
         except (TimeoutError, PeerError) as error:
-            log.warning(
+            self._guest.log.warning(
                 "not-left-cleanly",
-                vm=self._guest.name,
                 error=str(error) or f"not done within {LEAVE_SECONDS} s",
                 hint="the plugin does the same by itself when the lease runs out",
             )
@@ -386,4 +392,4 @@ class Serving:
                         self._on_event(event)
                     await self._backend.pump()
         except TimeoutError:
-            log.info("discards-under-way", vm=self._guest.name)
+            self._guest.log.info("discards-under-way")

@@ -6,6 +6,7 @@ daemon's lifetime. `VmView` is an immutable picture for everybody else: the cont
 metrics.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -13,7 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from qmp_upm.pages import PAGE_BYTES
 from qmp_upm.protocol import Copy
+from qmp_upm.records import Records
 from qmp_upm.remarks import Remark
 
 BUCKETS = 40
@@ -26,6 +29,10 @@ REASON_MOST = 64
 """Characters of a reason."""
 COUNTERS_MOST = 256
 """Names of counters that are kept of a plugin."""
+
+FEW_DISCARDS = 64
+FEW_SECONDS = 0.1
+"""Until so many are measured, what they cost is asked for that soon: a policy is waiting for it."""
 
 
 class State(StrEnum):
@@ -82,7 +89,8 @@ class VmStats:
     """
 
     conversions: dict[Copy, int] = field(default_factory=_by_copy)
-    """The guest's conversions, by the copy that became live, as the plugin last counted them."""
+    """The guest's conversions, by the copy that became live: as the plugin last counted them, and
+    what was read since."""
     followed_conversions: int = 0
     """Those that the session has read of: up to date at any time, without what was dropped."""
     converted_bytes: dict[Copy, int] = field(default_factory=_by_copy)
@@ -99,6 +107,8 @@ class VmStats:
     failed_discards: int = 0
     """Requests that the plugin refused, or ended with an error."""
     dropped_records: int = 0
+    unlisted_records: int = 0
+    """Of regions that QEMU does not list: left out."""
     resyncs: int = 0
     lease_expiries: int = 0
     reconnects: int = 0
@@ -120,6 +130,23 @@ class VmStats:
     """Of this QEMU: the most there ever was of both copies together."""
     budget_bytes: int = 0
     """What the VM may hold now; its share where the host's budget is divided."""
+
+    @property
+    def discard_calls(self) -> int:
+        """Hole punches whose time is known."""
+        return sum(self.discard_ns)
+
+    @property
+    def discard_seconds(self) -> float:
+        """What all discards have taken: each as long as the middle of its bucket."""
+        halves_ns = sum((3 << i) * count for i, count in enumerate(self.discard_ns))
+        return halves_ns / 2e9
+
+    @property
+    def discarded_pages(self) -> int:
+        """In those: the policy's, and the plugin's by itself. QEMU's own it does not time."""
+        kinds = (f"{kind}-bytes-{copy}" for kind in ("requested", "failsafe") for copy in Copy)
+        return sum(self.plugin_counters.get(kind, 0) for kind in kinds) // PAGE_BYTES
 
     def count_discard(self, copy: Copy, reason: str, discarded: int, skipped: int) -> None:
         """A request that the plugin has finished."""
@@ -174,37 +201,75 @@ class VmView(BaseModel):
     stale_bytes: Mapping[Copy, int]
     remarks: Sequence[Remark] = ()
     """What is not as it should be with the VM's memory; an older daemon does not say."""
+    pressure_percent: float = 0.0
+    """Of the last ten seconds in which somebody waited for memory, as its policy was told last."""
     stats: VmStats
 
 
 class PluginTotals:
-    """Adds up counters that begin again whenever QEMU does, into ``stats``."""
+    """Adds up counters that begin again whenever QEMU does, into ``stats``.
+
+    Conversions that were read since the plugin last told its counters are added to what it told: a
+    QEMU may end before it is asked again.
+    """
 
     def __init__(self, stats: VmStats) -> None:
         self.stats = stats
         self._counters: Mapping[str, int] = {}
         self._latencies: dict[str, Sequence[int]] = {}
+        self._since: Counter[str] = Counter()
+        self._head = 0
 
     def restarted(self) -> None:
         """What comes next is of another QEMU."""
-        self._counters, self._latencies = {}, {}
+        totals = self.stats.plugin_counters
+        for name, count in self._since.items():
+            totals[name] = totals.get(name, 0) + count
+        self._since.clear()
+        self._counters, self._latencies, self._head = {}, {}, 0
 
-    def take(self, counters: Mapping[str, int], latencies: Mapping[str, Sequence[int]]) -> None:
-        """Add what has come since the last time; a counter that fell has begun again."""
+    def follow(self, records: Records, cursor: int) -> None:
+        """Records up to number ``cursor`` have been read; what the plugin told has the first."""
+        new = records[max(0, self._head - (cursor - len(records))) :]
+        new = new[new["count"] > 0]
+        for copy in Copy:
+            own = new[new["private"] == (copy is Copy.PRIVATE)]
+            self._since[f"conversions-to-{copy}"] += int(own["count"].sum())
+            self._since[f"converted-bytes-to-{copy}"] += int(own["size"].sum())
+        self._show()
+
+    def take(
+        self, counters: Mapping[str, int], latencies: Mapping[str, Sequence[int]], head: int = 0
+    ) -> None:
+        """Add what has come since the last time; a counter that fell has begun again.
+
+        ``head``: the number of the first record that they do not have.
+        """
         stats, totals = self.stats, self.stats.plugin_counters
         if any(counters.get(name, 0) < before for name, before in self._counters.items()):
             self.restarted()
         for name, value in counters.items():
             if name in totals or len(totals) < COUNTERS_MOST:
                 totals[name] = totals.get(name, 0) + value - self._counters.get(name, 0)
-        self._counters = dict(counters)
+        self._counters, self._head = dict(counters), head
+        self._since.clear()
+        self._show()
         for copy in Copy:
             stats.reused_bytes[copy] = totals.get(f"reused-bytes-{copy}", 0)
-            stats.conversions[copy] = totals.get(f"conversions-to-{copy}", 0)
-            stats.converted_bytes[copy] = totals.get(f"converted-bytes-to-{copy}", 0)
         stats.deferred_bytes = sum(totals.get(f"deferred-bytes-{copy}", 0) for copy in Copy)
         for name, buckets in (("convert", stats.convert_ns), ("discard", stats.discard_ns)):
             self._take_histogram(name, latencies.get(name, ()), buckets)
+
+    def _show(self) -> None:
+        """A counter of ours never goes back."""
+        for ours, name in (
+            (self.stats.conversions, "conversions-to"),
+            (self.stats.converted_bytes, "converted-bytes-to"),
+        ):
+            for copy in Copy:
+                key = f"{name}-{copy}"
+                now = self.stats.plugin_counters.get(key, 0) + self._since[key]
+                ours[copy] = max(ours[copy], now)
 
     def _take_histogram(self, name: str, now: Sequence[int], buckets: list[int]) -> None:
         before = self._latencies.get(name, ())

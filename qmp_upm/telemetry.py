@@ -11,19 +11,20 @@ nothing happens.
 import asyncio
 import json
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO
 
 import aiofiles.os
 import structlog
 
+from qmp_upm.identity import file_stem
 from qmp_upm.rotation import CappedDirectory, older_parts
+from qmp_upm.supervision import Supervisor
+from qmp_upm.threads import DaemonThreads
 
 QUEUE_BYTES = 256 << 10
 """Bytes of a VM's lines that wait for the disk; more are lost."""
@@ -42,7 +43,8 @@ class Telemetry:
 
     def __init__(self, writer: "TelemetryWriter", vm: str) -> None:
         self.vm = vm
-        self.path = writer.files.path(vm)
+        self._file = file_stem(vm)
+        self.path = writer.files.path(self._file)
         self.dirty = False
         self._writer = writer
         self._queue: deque[bytes] = deque()
@@ -84,7 +86,7 @@ class Telemetry:
         news: dict[str, object] = {"lost_lines": lost - self._told}
         said = self._encode("lines-lost", news) if lost > self._told else b""
         try:
-            files.append(self.vm, said + block)
+            files.append(self._file, said + block)
             self._told = lost
         except BaseException:
             self._failed += len(taken)
@@ -93,30 +95,12 @@ class Telemetry:
             self._done_bytes += len(block)
 
 
-Result = TypeVar("Result")
-
-
-class _DiskThread(Executor):
-    """Threads that end with the process: a pool's would be waited for, however a disk hangs."""
-
-    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
-        future: Future[Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - it is whoever awaits that is told
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="telemetry", daemon=True).start()
-        return future
-
-
 class TelemetryWriter:
     """The task that writes, one pass at a time. ``files`` says where, and how much at most."""
 
-    def __init__(self, files: CappedDirectory) -> None:
+    def __init__(self, files: CappedDirectory, supervisor: Supervisor | None = None) -> None:
         self.files = files
+        self._supervisor = supervisor or Supervisor()
         self._dirty: deque[Telemetry] = deque()
         self._work = asyncio.Event()
         self._stop = asyncio.Event()
@@ -134,7 +118,8 @@ class TelemetryWriter:
 
     def start(self) -> None:
         """Begin to write."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        keeping = self._supervisor.keep("telemetry", self._run)
+        self._task = asyncio.get_running_loop().create_task(keeping)
 
     async def close(self, seconds: float) -> bool:
         """Write what is left, and end; False if the disk did not take it in that time."""
@@ -151,7 +136,8 @@ class TelemetryWriter:
         return bool(done)
 
     async def _run(self) -> None:
-        write, disk = aiofiles.os.wrap(self.write_queued), _DiskThread()
+        write, disk = aiofiles.os.wrap(self.write_queued), DaemonThreads("telemetry")
+        self._work.set()  # what a pass that died has left
         while not self._stop.is_set():
             await self._work.wait()
             with suppress(TimeoutError):

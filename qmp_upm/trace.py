@@ -171,6 +171,10 @@ def _packed(block: Block) -> bytes:
     return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
 
 
+REST_BYTES = 1 << 16
+"""Read at a time behind what is no block."""
+
+
 class TraceReader:
     """Iterates over the blocks of an open trace, one in memory at a time.
 
@@ -241,12 +245,17 @@ class TraceReader:
         return Block(records, dropped, now_ns)
 
     def _torn_or_damaged(self, start: int, what: str) -> None:
-        """A block that reaches the end may be one whose bytes were never all written."""
-        if self._read(1):
-            raise TraceError(
-                f"{self._name} is damaged at byte {start}: {what}",
-                hint="copy it again from where it was recorded",
-            )
+        """A block that reaches the end may be one whose bytes were never all written.
+
+        So may be one behind which is nothing but zeroes: what a file system shows of blocks that it
+        had given the file, and had not written when the power failed.
+        """
+        while rest := self._read(REST_BYTES):
+            if any(rest):
+                raise TraceError(
+                    f"{self._name} is damaged at byte {start}: {what}",
+                    hint="copy it again from where it was recorded",
+                )
         self.torn_bytes = self._at - start
 
     def _check(self, records: Records, start: int) -> None:

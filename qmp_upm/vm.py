@@ -2,19 +2,21 @@
 """One VM's session: find it, attach, serve it, and again after a break, until cancelled."""
 
 import asyncio
+import contextlib
+import math
 from collections import deque
 from collections.abc import Callable
 
-import structlog
-
 from qmp_upm.asks import Apply, Ask, Flush, SetBudget, SetPolicy, SetShare
 from qmp_upm.clock import Clock
+from qmp_upm.credentials import Credentials, ReadCredentials, read_credentials
 from qmp_upm.errors import (
+    ExcessError,
     LinkError,
     MessageError,
     PeerError,
-    PluginMissingError,
     QmpUpmError,
+    RefusedError,
     SilentError,
     TakenError,
     UnavailableError,
@@ -22,6 +24,7 @@ from qmp_upm.errors import (
 from qmp_upm.events import HostEventName
 from qmp_upm.guest import Admission, Guest, Tell
 from qmp_upm.identity import Identity, identify
+from qmp_upm.limits import PENALTY_SECONDS
 from qmp_upm.policy import Pressure
 from qmp_upm.protocol import Query
 from qmp_upm.qmp import Monitor
@@ -36,8 +39,6 @@ REFUSED_SECONDS = 5.0
 ASKS_MOST = 64
 """Of the host, that wait for the session."""
 
-log = structlog.get_logger()
-
 Admit = Callable[["Session", Identity], Admission]
 
 
@@ -49,16 +50,29 @@ class Session:
     """
 
     def __init__(
-        self, socket: str, admission: Admission, admit: Admit, tell: Tell, clock: Clock
+        self,
+        socket: str,
+        admission: Admission,
+        admit: Admit,
+        tell: Tell,
+        clock: Clock,
+        *,
+        read_credentials: ReadCredentials = read_credentials,
     ) -> None:
         self.socket = socket
         self.state = State.CONNECTING
         self.guest = Guest(admission, tell, clock)
         self.identity = Identity()
-        self.peer_pid = 0
+        self.peer = Credentials(0, 0)
+        self.served = Credentials(0, 0)
+        """The process that is served here, and at no other monitor of its own."""
         self.held_until_ns = 0
         """When the plugin gives everything back by itself, at the latest; 0: nothing is held."""
         self._admit = admit
+        self._read_credentials = read_credentials
+        self._penalty = False
+        self.nobody_since_ns: int | None = None
+        """Since when nobody listens at the socket; None while somebody does."""
         self._clock = clock
         self._since = clock.wall()
         self._trouble: Trouble | None = None
@@ -96,6 +110,7 @@ class Session:
             budget_bytes=guest.budget_bytes,
             stale_bytes=dict(guest.stats.stale_bytes),
             remarks=guest.remarks,
+            pressure_percent=guest.pressure.some_percent,
             stats=guest.stats.snapshot(),
         )
 
@@ -133,16 +148,23 @@ class Session:
         try:
             while True:
                 begun_ns = self._clock.monotonic_ns()
+                self._hurry = False
                 await self._attempt()
                 if self.state is State.REFUSED:
                     pause = REFUSED_SECONDS
+                elif self._penalty:
+                    pause = PENALTY_SECONDS
                 elif self._served_since(begun_ns):
                     pause = BACKOFF_FIRST
                 await self._pause(pause)
                 pause = min(2 * pause, BACKOFF_MOST)
         finally:
             for _, done in self._asked:
-                done.cancel()
+                if not done.done():
+                    done.set_exception(
+                        UnavailableError(f"{self.name} is left", hint="query-vms lists who is not")
+                    )
+                    done.exception()  # nobody need be waiting for it any longer
             self._asked.clear()
             self._to(State.STOPPED)
 
@@ -152,7 +174,7 @@ class Session:
         return self.held_until_ns > begun_ns and lasted_ns > BACKOFF_MOST * NSEC
 
     async def _attempt(self) -> None:
-        monitor = Monitor(self.socket)
+        monitor = Monitor(self.socket, self._read_credentials)
         trouble: PeerError | None = None
         try:
             await monitor.connect()
@@ -161,9 +183,14 @@ class Session:
             trouble = error
         finally:
             self._serving = None
+            if not monitor.nobody:
+                self.nobody_since_ns = None
+            elif self.nobody_since_ns is None:
+                self.nobody_since_ns = self._clock.monotonic_ns()
             broken = await monitor.close()
         if isinstance(broken, MessageError) and type(trouble) is LinkError:
             trouble = broken
+        self._penalty = isinstance(trouble, ExcessError)
         if trouble is not None:
             self._stumble(trouble)
 
@@ -184,13 +211,22 @@ class Session:
             self.held_until_ns = self._clock.monotonic_ns() + lease_ns
 
     def _meet(self, monitor: Monitor, identity: Identity) -> None:
-        """Learn who it is; another process or another name is another QEMU."""
-        if (identity, monitor.peer_pid) != (self.identity, self.peer_pid):
-            self.guest.totals.restarted()
-            self._plugin = None
+        """Learn who it is. A process keeps the name that it gave first; another is another QEMU.
+
+        Without a process to go by, another name is another QEMU.
+        """
+        same = monitor.peer == self.served and monitor.peer.process > 0
+        if same:
+            identity = self.identity
+        self.peer = monitor.peer
+        admission = self._admit(self, identity)
+        another = not same and (identity, monitor.peer) != (self.identity, self.served)
         self._qemu_version = monitor.qemu_version
-        self.identity, self.peer_pid = identity, monitor.peer_pid
-        self.guest.admit(self._admit(self, identity))
+        self.identity, self.served = identity, monitor.peer
+        self.guest.admit(admission)
+        if another:
+            self.guest.restarted()
+            self._plugin = None
 
     def _reserve_share(self) -> None:
         """Without a lease from before, the VM has no part of the host's budget until it is given.
@@ -210,9 +246,8 @@ class Session:
         self._trouble = None
         self._plugin = query
         self._to(State.ATTACHED)
-        log.info(
+        guest.log.info(
             "attached",
-            vm=guest.name,
             qemu=monitor.qemu_version,
             vm_kind=query.vm_kind,
             policy=guest.table.name,
@@ -227,18 +262,20 @@ class Session:
 
     def _stumble(self, error: PeerError) -> None:
         """Note what is wrong, and say it once: a VM may be off for weeks."""
-        state = {
-            PluginMissingError: State.REFUSED,
+        states: dict[type[PeerError], State] = {
             TakenError: State.BUSY,
             SilentError: State.SILENT,
             LinkError: State.BACKOFF,
-        }.get(type(error), State.FAULTY)
+        }
+        state = states.get(type(error), State.FAULTY)
+        if isinstance(error, RefusedError):
+            state = State.REFUSED
         if state is State.BUSY and self.state is State.SILENT:
             state = State.SILENT  # a stopped QEMU greets nobody either
         trouble = Trouble(error=error.message, hint=error.hint)
         if trouble != self._trouble or state is not self.state:
             event = "refused" if state is State.REFUSED else "lost"
-            log.warning(event, vm=self.name, state=state, error=error.message, hint=error.hint)
+            self.guest.log.warning(event, state=state, error=error.message, hint=error.hint)
             self.guest.telemetry.line(event, state=state, error=error.message, hint=error.hint)
         self._trouble = trouble
         self._to(state)
@@ -254,15 +291,25 @@ class Session:
         """Wait, and meanwhile do what the host asks for."""
         clock = asyncio.get_running_loop().time
         until = clock() + self._clock.jittered(seconds)
-        self._hurry = False
         while not self._hurry and (left := until - clock()) > 0:
             await self._answer(None)
             self._woken.clear()
-            try:
-                async with asyncio.timeout(left):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, self._lease_left())):
                     await self._woken.wait()
-            except TimeoutError:
-                break
+
+    def _lease_left(self) -> float:
+        """Seconds until the plugin of a VM that was lost gives all back; then nothing is held.
+
+        A QEMU that is stopped does so when it goes on, and not before.
+        """
+        if self.state is State.SILENT or not any(self.guest.stats.stale_bytes.values()):
+            return math.inf
+        left_ns = self.held_until_ns - self._clock.monotonic_ns()
+        if left_ns > 0:
+            return left_ns / NSEC
+        self.guest.forget()
+        return math.inf
 
     async def _answer(self, serving: Serving | None) -> None:
         """Do what has been asked for, in order. What QEMU says to it may end the session."""

@@ -275,6 +275,16 @@ void wait_for(bool (*come)(void), const char *what)
     }
 }
 
+bool nobody_waits(void)
+{
+    bool nobody;
+
+    upm_lock();
+    nobody = !upm.waiters && !__atomic_load_n(&upm.contenders, __ATOMIC_SEQ_CST);
+    upm_unlock();
+    return nobody;
+}
+
 static bool drained(void)
 {
     return !stale();

@@ -105,6 +105,9 @@ uint64_t counter(const char *name);
 bool accounting_closes(void);
 void wait_for(bool (*come)(void), const char *what);
 void drain(void);
+/* Whether the plugin counts nobody who waits for its lock or for an operation: the drain gives way
+ * to those. */
+bool nobody_waits(void);
 
 void fail(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 #define expect(condition) \

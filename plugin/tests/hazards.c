@@ -153,6 +153,7 @@ int main(int argc, char **argv)
             } else if (argc == 2 && !strcmp(argv[1], h->name)) {
                 h->run();
                 expect(accounting_closes());
+                wait_for(nobody_waits, "those who wait to be done");
                 return 0;
             }
         }

@@ -245,6 +245,27 @@ static void records(void)
     expect(counter("conversions-to") == 5);
 }
 
+/* A conversion is on record before the one that takes its pages over, though its discard comes later:
+ * who reads them in order knows what is live. */
+static void records_in_order(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+    struct vcpu *a = vcpu_new(), *b = vcpu_new();
+    char *reply, *back;
+
+    defer_up_to(MIB);
+    expect(!vcpu_convert(a, m, 0, 2, true));
+    expect(!vcpu_convert(b, m, 0, 1, false) && !vcpu_discard(b, m, 0, 1, false));
+    expect(!vcpu_discard(a, m, 0, 2, true));
+    vcpu_goes_on(a);
+    vcpu_goes_on(b);
+    reply = must("x-upm-read", "{\"cursor\": 0, \"max\": 100}");
+    back = strstr(reply, "[1, 0, 4096, 0, 1, ");
+    expect(strstr(reply, "\"records\": [[1, 0, 8192, 1, 0, ") && back);
+    expect(strstr(back, "[1, 4096, 4096, 1, 1, "));   /* kept later, and told later */
+    free(reply);
+}
+
 /* A conversion over more runs of stale pages than are worth a record each: a reader is told that it
  * has missed something, whether it comes before or after. */
 static void many_runs(void)
@@ -335,6 +356,7 @@ static void bells(void)
     usleep(A_WHILE_US);
     expect(fake.events == 2);
     configure("{\"notify-ms\": 0, \"budget\": 8192}");
+    usleep(A_WHILE_US);   /* the plugin's thread is asleep: it has to be woken */
     expect(!guest_convert(m, 4 * PAGE, PAGE, true));
     while (fake.events < 3) {
         usleep(1000);
@@ -362,7 +384,7 @@ const struct hazard command_hazards[] = {
     { "budget", budget }, { "many-vcpus", many_vcpus },
     { "commands-do-not-wait", commands_do_not_wait }, { "requests", requests },
     { "served-meanwhile", served_meanwhile }, { "overrun", overrun }, { "records", records },
-    { "many-runs", many_runs },
+    { "records-in-order", records_in_order }, { "many-runs", many_runs },
     { "lease-runs-out", lease_runs_out }, { "bells", bells }, { "unterminated", unterminated },
     { NULL, NULL },
 };

@@ -111,6 +111,30 @@ static void vcpus_do_not_wait(void)
     expect(!fake.violations);
 }
 
+/* 14 and 22: a large conversion that waits is not passed by for ever by small ones in its range */
+static void in_turn(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+    struct vcpu *first = vcpu_new(), *large = vcpu_new(), *later = vcpu_new();
+
+    defer_up_to(MIB);
+    shut_gate();
+    fake.before_attributes = stop_attributes;
+    vcpu_begin_convert(first, m, 0, 1, true);
+    wait_for(somebody_waits, "KVM");
+    fake.before_attributes = NULL;
+    vcpu_begin_convert(large, m, 0, 100, true);
+    usleep(A_WHILE_US);
+    vcpu_begin_convert(later, m, 50, 1, false);
+    usleep(A_WHILE_US);
+    expect(!vcpu_is_done(large) && !vcpu_is_done(later));
+    /* A discard keeps off what waits to be converted back, and nobody else waits. */
+    expect(!guest_convert(m, 200 * PAGE, PAGE, true));
+    open_gate();
+    expect(!vcpu_finish(first) && !vcpu_finish(large) && !vcpu_finish(later));
+    expect(!page_is_private(50 * PAGE) && page_is_private(51 * PAGE) && !fake.violations);
+}
+
 /* 22: what only expects a call of QEMU's holds up nobody, wherever it lies in the range */
 static void leftover(void)
 {
@@ -279,14 +303,20 @@ static void forty_regions(void)
 static void not_ram(void)
 {
     struct memory *m = start(RAM_MEMFD, MIB);
+    char *before, *after;
 
     defer_up_to(MIB);
+    before = must("x-upm-query", "{}");
     expect(!convert_only(100 * MIB, 16 * PAGE, false));
     expect(convert_only(100 * MIB, 17, false) == -1 && errno == EINVAL);
     expect(convert_only(100 * MIB, 0, false) == -1 && errno == EINVAL);
     expect(convert_only(-PAGE, 2 * PAGE, false) == -1 && errno == EINVAL);
     expect(convert_only(0, 17, true) == -1 && errno == EINVAL);
-    expect(!query("head") && !query("converted-bytes-to-shared"));
+    expect(!query("head") && !query("converted-bytes-to-shared") && !counter("conversions-to"));
+    after = must("x-upm-query", "{}");
+    expect(!strcmp(strstr(before, "latency-ns"), strstr(after, "latency-ns")));
+    free(before);
+    free(after);
     /* Partly: what is RAM is followed. */
     fill_shared(m, 0, MIB);
     expect(!convert_only(MIB - PAGE, 2 * PAGE, true));
@@ -315,7 +345,8 @@ static void failed_conversions(void)
 
 const struct hazard conversion_hazards[] = {
     { "flipped-back", flipped_back }, { "shielded", shielded },
-    { "vcpus-do-not-wait", vcpus_do_not_wait }, { "leftover", leftover },
+    { "vcpus-do-not-wait", vcpus_do_not_wait }, { "in-turn", in_turn },
+    { "leftover", leftover },
     { "ended-threads", ended_threads },
     { "threads-and-memory", threads_and_memory }, { "spans-regions", spans_regions },
     { "forty-regions", forty_regions }, { "not-ram", not_ram },

@@ -18,6 +18,7 @@ static void failed_discards(void)
     for (unsigned i = 0; i < sizeof(errors) / sizeof(*errors); i++) {
         /* At the conversion: the guest and QEMU see success, the copy goes to the ledger. */
         configure("{\"shared\": \"eager\", \"budget\": 1048576}");
+        usleep(A_WHILE_US);   /* the plugin's thread is asleep: it has to be woken */
         fill_shared(m, 0, PAGE);
         fail_next(&fake.punch, errors[i], 0, 1);
         errno = 4711;
@@ -208,7 +209,7 @@ static void half_failed(void)
     expect(guest_convert(m, 0, 8 * MIB, true) == -1 && errno == EIO && !stale());
     expect(allocated(m->shared_fd) == 6 * MIB && m->shared[2 * MIB] == 0x5a);
     vcpu_run();
-    expect(query("left-alone-bytes") >= 4 * MIB && !fake.violations);
+    expect(query("left-alone-bytes") == 4 * MIB && !fake.violations);
 }
 
 static _Atomic bool budgets_kept;

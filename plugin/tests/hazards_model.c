@@ -229,6 +229,7 @@ static void closes_meanwhile(void)
     }
     over = true;
     pthread_join(thread, NULL);
+    __atomic_fetch_sub(&upm.contenders, 1, __ATOMIC_RELAXED);
     expect(counter("reused-bytes") >= 19 * m->bytes && !fake.violations);
 }
 

@@ -76,6 +76,7 @@ static void map_without_guest_memfd(unsigned slot, uint64_t gpa, uint64_t bytes)
 static void slot_registration(void)
 {
     struct memory *m = start_private(RAM_MEMFD, MIB);
+    char *reply;
 
     defer_up_to(4 * MIB);
     memset(m->private, 0x33, MIB);
@@ -94,6 +95,9 @@ static void slot_registration(void)
     slot_unmap(0);
     slot_plug(0, m, 0, MIB, 0);
     expect(!stale() && query("reused-bytes-private") == MIB && m->private[0] == 0x33);
+    reply = must("x-upm-read", "{\"cursor\": 1, \"max\": 10}");
+    expect(strstr(reply, "\"records\": [[1, 0, 1048576, 1, 0, ") && strstr(reply, ", 0]]"));
+    free(reply);
     expect(counter("conversions-to") == 1);
     drain();
     /* Slots that QEMU marks not: the guest's next conversion is one, even of the same range. */

@@ -59,7 +59,7 @@ static void *flip_a_page(void *argument)
 
 /* 14 and 22: a conversion of a large range waits for the single pages in it that were first, and
  * none that comes later passes by. Counted are the flips that reach KVM while it waits. */
-static void in_turn(void)
+static void wide_among_pages(void)
 {
     uint64_t offset[FLIPPERS] = { 7 * PAGE, 700 * PAGE };
     pthread_t thread[FLIPPERS];
@@ -89,4 +89,6 @@ static void in_turn(void)
     expect(!fake.violations);
 }
 
-const struct hazard turn_hazards[] = { { "in-turn", in_turn }, { NULL, NULL } };
+const struct hazard turn_hazards[] = {
+    { "wide-among-pages", wide_among_pages }, { NULL, NULL },
+};

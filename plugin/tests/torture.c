@@ -368,7 +368,7 @@ static bool report(void)
            (unsigned long long)counter("inline-bytes"),
            (unsigned long long)query("left-alone-bytes"), plugged, resets, ended_threads, refused,
            fake.punches, (unsigned long long)fake.longest_punch, fake.violations, data_errors);
-    return !fake.violations && !data_errors && accounting_closes();
+    return !fake.violations && !data_errors && accounting_closes() && nobody_waits();
 }
 
 int main(int argc, char **argv)

@@ -20,8 +20,11 @@ from qmp_upm.cli import (
     top,
 )
 from qmp_upm.errors import ConfigError, QmpUpmError
+from qmp_upm.limits import printable
 
 EXIT_CONFIG = 78
+WORDS_MOST = 16 << 10
+"""Characters of an error: a message may have words of a QEMU's, or of a VM's name."""
 
 app = typer.Typer(
     help="Discard policies for the memory of confidential VMs, over QMP.",
@@ -67,6 +70,7 @@ def main() -> NoReturn:
     try:
         app()
     except QmpUpmError as error:
-        typer.echo(f"qmp-upm: {error.message}\nhint: {error.hint}", err=True)
+        said, hint = printable(error.message, WORDS_MOST), printable(error.hint, WORDS_MOST)
+        typer.echo(f"qmp-upm: {said}\nhint: {hint}", err=True)
         sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else 1)
     sys.exit(0)

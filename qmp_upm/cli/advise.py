@@ -2,6 +2,7 @@
 """``qmp-upm advise``: which policy suits a VM, from a recording of it."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from qmp_upm.simulator.advice import Advice
 
 MEANING = {
-    "sure": "every part of the trace, and prices twice or half as high, lead to the same advice",
-    "likely": "most of the trace and of the prices tried lead to the same advice",
+    "sure": "every part of this trace, and prices twice or half as high, lead to the same advice",
+    "likely": "most of this trace and of the prices tried lead to the same advice",
     "unsure": "the trace is too short or too uneven, or it hangs on the prices: record for longer",
 }
 
@@ -29,16 +30,17 @@ def advise(
     """Say which policy costs least for a recorded VM, what it saves and holds, and how sure it is.
 
     Without --profile at the prices that were measured for our own benchmarks; calibrate this host
-    for better ones.
+    for better ones. A trace is replayed with the budget that the VM had; for a workload, a budget
+    is advised, too.
     """
     import numpy as np  # noqa: PLC0415 - heavy
 
     from qmp_upm.simulator.advice import advise as find_advice  # noqa: PLC0415
     from qmp_upm.simulator.profiles import find_profile  # noqa: PLC0415
 
-    timeline, _ = load_timeline(workload, trace)
+    timeline, budget_bytes = load_timeline(workload, trace)
     advices = [
-        find_advice(timeline, name, find_profile(name), np.random.default_rng(0))
+        find_advice(timeline, name, find_profile(name), np.random.default_rng(0), budget_bytes)
         for name in profile or ["measured"]
     ]
     if as_json:
@@ -54,16 +56,17 @@ def advise(
 
 def _text(advice: "Advice") -> str:
     run, support = advice.run, advice.support
-    keys = "".join(f', {key} = "{value}"' for key, value in advice.best.parameters.items())
     saved, spent = advice.saved_seconds, advice.eager.time_seconds
     share = f" ({saved / spent:.0%})" if spent else ""
     held = run.outcome
+    file = str(Path(run.profile).absolute()) if run.profile.endswith(".toml") else None
+    settings = advice.settings(file).replace("\n", "\n  ")
     return f"""at the prices of {run.profile}:
-  policy = {{ name = "{advice.best.name}"{keys} }}
+  {settings}
   saves  {format_seconds(saved)} of the {format_seconds(spent)}{share} that conversions, discards
          and faults take with QEMU's own discards
   holds  {format_size(round(held.mean_stale_bytes))} on average, \
-{format_size(held.peak_stale_bytes)} at most: give it that as its budget
+{format_size(held.peak_stale_bytes)} at most
   costs  {run.ratio_to_optimum or 1:.2f} of what is possible, memory included
   {support.verdict}: {MEANING[support.verdict]}
          {support.bootstrap:.0%} of draws from {support.windows} windows agree

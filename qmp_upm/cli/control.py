@@ -37,7 +37,13 @@ def _complete_policy(incomplete: str) -> list[str]:
 
 
 Socket = Annotated[
-    Path, typer.Option("--socket", envvar="QMP_UPM_SOCKET", help="The daemon's control socket.")
+    Path,
+    typer.Option(
+        "--socket",
+        envvar="QMP_UPM_SOCKET",
+        readable=False,  # whether it is, the connection says, and what to do
+        help="The daemon's control socket.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 Vm = Annotated[
@@ -161,7 +167,7 @@ def set_budget(
     as_json: AsJson = False,
 ) -> None:
     """Change how much stale memory a VM may hold, until the daemon is restarted or reloaded."""
-    from qmp_upm.units import parse_size  # noqa: PLC0415
+    from qmp_upm.units import format_size, parse_size  # noqa: PLC0415
 
     try:
         budget = None if size == "default" else parse_size(size)
@@ -170,8 +176,10 @@ def set_budget(
     answer = _ask(socket, "set-budget", {"name": vm, "budget": budget})
     if as_json:
         _print_json(answer)
-    else:
-        typer.echo(f"{vm}: budget {size}")
+        return
+    applies, own = answer["budget"], answer["own"]
+    less = "" if applies == own else f" of its own {format_size(own)}: its part of [host] budget"
+    typer.echo(f"{vm}: budget {format_size(applies)}{less}")
 
 
 def flush(

@@ -12,9 +12,15 @@ three questions tell, none of which assumes a distribution:
   (*prices*)?
 
 A window begins with nothing learnt and nothing held, which is hard on policies that learn: the
-answers err on the side of doubt.
+answers err on the side of doubt. All of it is about this trace; what the guest does on another day,
+no question put to it can tell.
+
+Without a budget from elsewhere, a budget is advised, too: what the policy wants to hold at most,
+with the room above it that its ``high`` asks for. What is promised is what the policy costs and
+holds with that budget.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -23,7 +29,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from qmp_upm.policy import GROUP
+from qmp_upm.policy import GROUP, Policy
 from qmp_upm.prices import Prices
 from qmp_upm.simulator.compare import NEVER_DISCARD, PolicySpec, Run, price
 from qmp_upm.simulator.engine import UNLIMITED, Outcome, replay
@@ -44,6 +50,7 @@ CANDIDATES = (
     NEVER_DISCARD,
 )
 EAGER = CANDIDATES[0]
+MIB = 1 << 20
 AS_GOOD = 1.02
 """A policy that costs at most this much of the best is as good."""
 WINDOWS = 12
@@ -81,13 +88,34 @@ class Support:
 
 @dataclass(frozen=True)
 class Advice:
-    """The advised policy on the whole trace, what QEMU does by itself, and all candidates."""
+    """The advised policy on the whole trace, what QEMU does by itself, and all candidates.
+
+    ``prices``: those that it was advised for, where the policy weighs them. ``budget_bytes``: what
+    it is advised for, given or found.
+    """
 
     best: PolicySpec
     run: Run
     eager: Run
     candidates: list[Run]
     support: Support
+    budget_bytes: int
+    prices: Prices | None = None
+
+    def settings(self, prices_file: str | None = None) -> str:
+        """Lines of a configuration that give what is promised: policy, with prices, and budget.
+
+        ``prices_file``: from which the prices are, if they are from one.
+        """
+        keys = {"name": self.best.name} | dict(self.best.parameters)
+        values = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+        if self.prices is not None and prices_file is not None:
+            values.append(f"prices = {json.dumps(prices_file)}")
+        elif self.prices is not None:
+            each = (f"{name} = {price!r}" for name, price in self.prices.model_dump().items())
+            values.append(f"prices = {{ {', '.join(each)} }}")
+        policy = f"policy = {{ {', '.join(values)} }}"
+        return f"{policy}\nbudget = {self.budget_bytes}"
 
     @property
     def saved_seconds(self) -> float:
@@ -99,6 +127,8 @@ class Advice:
         return {
             "policy": self.best.name,
             "parameters": dict(self.best.parameters),
+            "settings": self.settings(),
+            "budget_bytes": self.budget_bytes,
             "profile": self.run.profile,
             "saved_seconds": self.saved_seconds,
             "eager_seconds": self.eager.time_seconds,
@@ -122,12 +152,16 @@ def advise(
     profile: str,
     prices: Prices,
     rng: np.random.Generator,
-    budget_bytes: int = UNLIMITED,
+    budget_bytes: int | None = None,
 ) -> Advice:
-    """The cheapest candidate for a trace at some prices. ``rng`` draws the windows."""
+    """The cheapest candidate for a trace at some prices. ``rng`` draws the windows.
+
+    ``budget_bytes``: what the VM has; None: as much as it needs, which is then part of the advice.
+    """
+    limit_bytes = UNLIMITED if budget_bytes is None else budget_bytes
     names = entry_points(group=GROUP).names
     specs = [s for s in map(PolicySpec.parse, CANDIDATES) if s.name in names]
-    outcomes = [replay(timeline, spec.make(prices), budget_bytes) for spec in specs]
+    outcomes = [replay(timeline, spec.make(prices), limit_bytes, prices) for spec in specs]
     best = find_optimum(timeline, prices)
     runs = [
         price(spec.text, profile, outcome, prices, best)
@@ -135,15 +169,30 @@ def advise(
     ]
     costs = np.array([run.cost_seconds for run in runs])
     chosen = int(costs.argmin())
-    by_window = np.array([_costs(window, specs, prices, budget_bytes) for window in _cut(timeline)])
+    by_window = np.array([_costs(window, specs, prices, limit_bytes) for window in _cut(timeline)])
     support = Support(
         bootstrap=_bootstrap(by_window, chosen, rng),
         halves=_halves(by_window),
         prices=_price_support(timeline, outcomes, prices, chosen),
         windows=len(by_window),
     )
+    spec, run = specs[chosen], runs[chosen]
     eager = next(run for run in runs if run.policy == EAGER)
-    return Advice(specs[chosen], runs[chosen], eager, runs, support)
+    if budget_bytes is None:
+        policy = spec.make(prices)
+        limit_bytes = _enough(run.outcome.peak_stale_bytes, policy)
+        run = price(spec.text, profile, replay(timeline, policy, limit_bytes, prices), prices, best)
+    weighed = prices if spec.weighs_prices() else None
+    return Advice(spec, run, eager, runs, support, limit_bytes, weighed)
+
+
+def _enough(peak_bytes: int, policy: Policy) -> int:
+    """A budget of which the policy gives nothing back only because it fills up, in whole MiB.
+
+    A conversion is deferred whole or not at all: there is room for one more.
+    """
+    high = float(getattr(policy.parameters, "high", 1.0)) or 1.0
+    return (int(peak_bytes / high) // MIB + 1) * MIB
 
 
 def _cut(timeline: Timeline) -> list[Timeline]:
@@ -162,7 +211,9 @@ def _costs(
 ) -> list[float]:
     best = find_optimum(timeline, prices)
     return [
-        price("", "", replay(timeline, s.make(prices), budget_bytes), prices, best).cost_seconds
+        price(
+            "", "", replay(timeline, s.make(prices), budget_bytes, prices), prices, best
+        ).cost_seconds
         for s in specs
     ]
 

@@ -136,7 +136,7 @@ def compare(
         for name, prices in profiles.items():
             if known is None or spec.weighs_prices():
                 start = clock()
-                outcome = replay(timeline, spec.make(prices), budget_bytes)
+                outcome = replay(timeline, spec.make(prices), budget_bytes, prices)
                 known = outcome, timeline.conversions / max(clock() - start, 1e-9)
             outcome, speed = known
             runs.append(

@@ -17,21 +17,22 @@ from qmp_upm.clock import Clock
 from qmp_upm.contained import ContainedPolicy
 from qmp_upm.ledger import Ledger
 from qmp_upm.pages import PAGE_BYTES, PageSet
-from qmp_upm.policy import Batch, Policy, Pressure
+from qmp_upm.policy import Batch, Measured, Policy, Pressure
+from qmp_upm.prices import Prices
 from qmp_upm.protocol import RING_RECORDS, Copy
 from qmp_upm.records import Records
 from qmp_upm.simulator.machine import Account, Machine
 from qmp_upm.simulator.timeline import Timeline
-from qmp_upm.stats import VmStats
+from qmp_upm.stats import FEW_DISCARDS, FEW_SECONDS, VmStats
 from qmp_upm.trace import Read
 from qmp_upm.units import NSEC
 
 UNLIMITED = 1 << 62
 """A budget, in bytes, that nobody reaches."""
-SOONEST_NS = NSEC // 1000
-"""The session waits at least that long between two decisions: ``qmp_upm.vm``."""
-
-
+SOONEST_NS = NSEC // 500
+"""The session waits at least that long between two turns: ``qmp_upm.serving``."""
+MEASURE_SECONDS = 3.0
+"""How long after a change the session asks for the plugin's counters: ``qmp_upm.serving``."""
 NOTIFY_NS = NSEC // 50
 """The plugin rings no more often, as the daemon's configuration has it."""
 
@@ -79,9 +80,17 @@ class Outcome:
         return self.account.page_ns * PAGE_BYTES / (self.timeline.seconds * NSEC or 1.0)
 
 
-def replay(timeline: Timeline, policy: Policy, budget_bytes: int = UNLIMITED) -> Outcome:
-    """The whole timeline. A policy that fails is replaced by ``eager``, and the outcome says so."""
-    run = Replay(timeline, policy, budget_bytes)
+def replay(
+    timeline: Timeline,
+    policy: Policy,
+    budget_bytes: int = UNLIMITED,
+    prices: Prices | None = None,
+) -> Outcome:
+    """The whole timeline. A policy that fails is replaced by ``eager``, and the outcome says so.
+
+    With ``prices``, the policy is told what discards take, as the daemon tells what is measured.
+    """
+    run = Replay(timeline, policy, budget_bytes, prices)
     for read in _recorded_reads(run) if timeline.reads else _reads(run):
         run.read(read)
     return run.finish()
@@ -129,11 +138,21 @@ def _reads(run: "Replay") -> Iterator[Read]:
 class Replay:
     """One replay: the machine, the ledger and the policy between two reads."""
 
-    def __init__(self, timeline: Timeline, policy: Policy, budget_bytes: int) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        policy: Policy,
+        budget_bytes: int,
+        prices: Prices | None = None,
+    ) -> None:
         self.timeline = timeline
+        self._prices = prices
+        self._measure_ns = timeline.start_ns
         self.at = 0
         self._now_ns = timeline.start_ns
-        self._policy = ContainedPolicy(policy, VmStats(), Clock(monotonic_ns=lambda: self._now_ns))
+        self._policy = ContainedPolicy(
+            lambda: policy, VmStats(), Clock(monotonic_ns=lambda: self._now_ns)
+        )
         self._machine = Machine(timeline, budget_bytes)
         self._ledger = Ledger(budget_bytes)
         self._records = timeline.records.copy()
@@ -160,6 +179,7 @@ class Replay:
         elif len(records):
             self._ledger.apply(records, read.now_ns)
         self._lost += read.dropped
+        self._measure()
         self._decide(Batch(records[missing:], read.dropped))
 
     def _resynchronise(self, records: Records, missing: int) -> None:
@@ -169,6 +189,7 @@ class Replay:
         plugin.apply(records, self._now_ns)
         self._ledger.apply(records[missing:], self._now_ns)
         self._ledger.replace({copy: plugin.stale(copy) for copy in Copy}, self._now_ns)
+        self._policy.attached(self._ledger)
 
     def finish(self) -> Outcome:
         """Hold what is stale to the end."""
@@ -190,11 +211,26 @@ class Replay:
         ended = self._machine.deferred - decision.defer
         self._machine.deferred = decision.defer
         self._machine.hold_at_most(decision.hold_bytes)
+        for copy in Copy:  # as plugin/worker.c drains an excess: by copy and region, from the start
+            excess = self._machine.excess_pages
+            if excess > 0:
+                self._give_back(copy, self._ledger.stale(copy).first(excess * PAGE_BYTES))
         for copy in ended:  # the plugin gives back by itself what is not to be deferred any longer
             self._give_back(copy, self._ledger.stale(copy))
         for discard in decision.discards:
             self._give_back(discard.copy, discard.pages & self._ledger.stale(discard.copy))
         self._note(self._now_ns)
+
+    def _measure(self) -> None:
+        """Tell what discards have taken, as often as the daemon asks the plugin."""
+        if self._prices is None or self._now_ns < self._measure_ns:
+            return
+        calls, pages = self._machine.account.requested_calls, self._machine.account.requested_pages
+        if calls:
+            pause_s = FEW_SECONDS if calls < FEW_DISCARDS else MEASURE_SECONDS
+            self._measure_ns = self._now_ns + int(pause_s * NSEC)
+            seconds = self._prices.discard_call * calls + self._prices.discard_page * pages
+            self._policy.measured(Measured(calls, pages, seconds))
 
     def _give_back(self, copy: Copy, pages: PageSet) -> None:
         if pages:

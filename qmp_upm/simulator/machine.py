@@ -107,6 +107,11 @@ class Machine:
         most = self._own_budget_pages if hold_bytes is None else hold_bytes // PAGE_BYTES
         self._budget_pages = min(self._own_budget_pages, most)
 
+    @property
+    def excess_pages(self) -> int:
+        """What is held above that, and goes at once; negative: room."""
+        return self.stale_pages - self._budget_pages
+
     def pass_time(self, now_ns: int) -> None:
         """Nothing happens until then but that copies are held."""
         self.account.page_ns += self.stale_pages * max(now_ns - self._at_ns, 0)

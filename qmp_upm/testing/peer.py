@@ -10,6 +10,9 @@
 import asyncio
 import contextlib
 import json
+import os
+import socket
+import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -20,6 +23,8 @@ from qmp_upm.testing.faults import Fault, Plan
 
 READ_BYTES = 1 << 16
 ASKED_MOST = 10_000
+BACKLOG = 100
+"""Connections that wait to be accepted, as in asyncio."""
 MESSAGE_BYTES_MOST = 64 << 20
 """Where QEMU gives up on a message, too."""
 
@@ -47,6 +52,7 @@ class FakeQemu:
     in ``replies`` for a command is used first, once each: values, ReplyErrors, or functions of the
     arguments. ``plan`` says what goes wrong. ``asked`` are the last commands with their arguments,
     ``counts`` how often each came, ``connections`` how often somebody was greeted.
+    ``own_process``: False for one that shares the test's process with others.
     """
 
     def __init__(self, handler: Handler, plan: Plan | None = None) -> None:
@@ -56,6 +62,7 @@ class FakeQemu:
         self.asked: deque[tuple[str, Mapping[str, Any]]] = deque(maxlen=ASKED_MOST)
         self.counts: Counter[str] = Counter()
         self.connections = 0
+        self.own_process = True
         self.greeting: object = {
             "QMP": {
                 "version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""},
@@ -68,8 +75,16 @@ class FakeQemu:
 
     @contextlib.asynccontextmanager
     async def listening(self, path: str | Path) -> AsyncIterator[Self]:
-        """Listen on a UNIX socket; at the end hang up, and remove the socket."""
-        server = await asyncio.start_unix_server(self._accept, str(path))
+        """Listen on a UNIX socket; at the end hang up, and remove the socket.
+
+        To whoever connects it is a process of its own, as QEMU is.
+        """
+        listener = listen_as_another(path) if self.own_process else None
+        server = await (
+            asyncio.start_unix_server(self._accept, str(path))
+            if listener is None
+            else asyncio.start_unix_server(self._accept, sock=listener)
+        )
         try:
             yield self
         finally:
@@ -151,6 +166,31 @@ class FakeQemu:
                 kind="CommandNotFound",
             )
         return self.handler(command, arguments)
+
+
+class _Listening(socket.socket):
+    """One that listens already: a second listen(2) would make this process the peer."""
+
+    def listen(self, _backlog: int = 0, /) -> None:
+        """Nothing is left to do."""
+
+
+def listen_as_another(path: str | Path) -> socket.socket:
+    """A socket that listens at ``path`` for a process that has ended.
+
+    SO_PEERCRED names the process that called listen(2): a child does, for its parent.
+    """
+    listener = _Listening(socket.AF_UNIX, socket.SOCK_STREAM)
+    Path(path).unlink(missing_ok=True)
+    listener.bind(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+    if child == 0:
+        socket.socket.listen(listener, BACKLOG)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return listener
 
 
 def _error(kind: str, description: str) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from qemu.qmp import QMPError
 
+from qmp_upm.picture import digest_of
+from qmp_upm.protocol import STALE_MOST, Copy
 from qmp_upm.testing import FakePlugin, FakeQemu, FakeVm
 from tests.integration.guest import MEMFD, MIB, WAIT_SECONDS, Guest
 from tests.lab.dial import dial
@@ -45,6 +48,24 @@ class _Vm(ABC):
     @abstractmethod
     def _begin(self) -> None:
         """Start it, and be able to talk to it."""
+
+    def held(self) -> set[tuple[object, ...]]:
+        """What the plugin holds, as `qmp_upm.picture` has it, page by page and region by region."""
+        found: set[tuple[object, ...]] = set()
+        for region in self.cmd("x-upm-query")["regions"]:
+            for copy in Copy:
+                ranges, at, done = [], 0, False
+                while not done:
+                    part = self.cmd(
+                        "x-upm-stale", copy=copy, region=region["id"], cursor=at, max=STALE_MOST
+                    )
+                    ranges += part["ranges"]
+                    at, done = part["cursor"], part["done"]
+                if ranges:
+                    offset, size = np.array(ranges).T
+                    digest = digest_of(offset, size)
+                    found.add((copy, region["id"], int(size.sum()), len(size), digest))
+        return found
 
 
 class RealVm(_Vm):
@@ -147,6 +168,10 @@ class DaemonProcess:
     def view(self) -> Any:
         """Of the VM, as query-vm shows it."""
         return self._control.cmd("query-vm", name="guest")
+
+    def held(self) -> set[tuple[object, ...]]:
+        """What it believes that the VM holds, by copy and region."""
+        return {tuple(part.values()) for part in self._control.cmd("query-held", name="guest")}
 
     def flush(self) -> None:
         """Have it give back everything: it answers when the plugin has."""

@@ -46,11 +46,12 @@ def await_discards(guest: Launched) -> None:
 class Disturber:
     """A thread that asks as long as a launch goes on; ``asked`` is how often that was accepted.
 
-    It has the guest's second monitor to itself: QEMU's main loop is busy with the launch.
+    It has the guest's second monitor to itself: QEMU's main loop is busy with the launch. That
+    goes no further than its first page until the plugin has been asked once.
     """
 
     def __init__(self, guest: Launched, kind: str) -> None:
-        self._guest = guest
+        self._guest, self._kind = guest, kind
         self._ask = {
             "nothing": lambda: False,
             "flush": self._flush,
@@ -62,17 +63,21 @@ class Disturber:
         self.asked = 0
 
     def __enter__(self) -> Self:
+        if self._kind != "nothing":
+            self._guest.hold.touch()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._guest.hold.unlink(missing_ok=True)
 
     def _run(self) -> None:
         while not self._over.is_set():
             if self._guest.is_launching() and self._ask() and self._guest.is_launching():
                 self.asked += 1
+                self._guest.hold.unlink(missing_ok=True)
             else:
                 time.sleep(0.001)
 

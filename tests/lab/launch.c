@@ -9,6 +9,7 @@
  *
  * LAUNCH_LOG       file to which a line is added when a launch begins, and when it is done
  * LAUNCH_STEP_US   time that each answer takes; it takes at most STEP_PAGES pages (default 0)
+ * LAUNCH_HOLD      file that holds up a launch that has begun, while it is there; HOLD_MS at most
  * LAUNCH_REAL      if set, KVM has attributes, and software-protected VMs stand in for the kinds
  */
 #define _GNU_SOURCE
@@ -28,6 +29,7 @@
 
 #define PAGE 4096ull
 #define STEP_PAGES 32
+#define HOLD_MS 5000
 #define CHECK_EXTENSION _IO(UPM_KVMIO, 0x03)
 #define CAP_MEMORY_ATTRIBUTES 233
 #define CAP_VM_TYPES 235
@@ -138,6 +140,16 @@ static void hash(uint64_t word)
     launch.hash = (launch.hash ^ word) * 0x100000001b3ull;
 }
 
+/* Until somebody has asked the plugin for what it must not do now. */
+static void hold(void)
+{
+    const char *file = getenv("LAUNCH_HOLD");
+
+    for (int ms = 0; file && ms < HOLD_MS && !access(file, F_OK); ms++) {
+        usleep(1000);
+    }
+}
+
 /* Takes pages in, with their contents if KVM reads them, when the time for it is over; how many. */
 static uint64_t take_in(uint64_t gpa, uint64_t pages, unsigned type, const uint64_t *source,
                         size_t page_bytes)
@@ -147,6 +159,7 @@ static uint64_t take_in(uint64_t gpa, uint64_t pages, unsigned type, const uint6
         launch.pages = launch.zero_pages = 0;
         launch.hash = 0xcbf29ce484222325ull;
         log_line("begin");
+        hold();
     }
     if (pages > STEP_PAGES) {
         pages = STEP_PAGES;

@@ -89,7 +89,7 @@ class Launched:
         self.setup = setup
         image.write_firmware(folder / "firmware")
         image.write_kernel(folder / "kernel")
-        self.folder, self.log = folder, folder / "launches"
+        self.folder, self.log, self.hold = folder, folder / "launches", folder / "hold"
         vcpus, behind = preloads()
         with (folder / "stderr").open("wb") as errors:
             self.process = subprocess.Popen(
@@ -110,6 +110,7 @@ class Launched:
                     LD_PRELOAD=":".join(str(file) for file in (vcpus, plugin, behind) if file),
                     LAUNCH_LOG=str(self.log),
                     LAUNCH_STEP_US=str(STEP_US),
+                    LAUNCH_HOLD=str(self.hold),
                     **({"LAUNCH_REAL": "1"} if setup.real_attributes else {}),
                 ),
                 stderr=errors,

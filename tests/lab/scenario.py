@@ -23,8 +23,9 @@ FLIPS = {
 }
 """``paced`` is not offered by name: it waits for a daemon that keeps up with it."""
 LEASE_SECONDS = 2.0
-RECORDED_LEASE_SECONDS = 30.0
-"""A lease that runs out on a busy machine would be a decision that is not the policy's."""
+"""Of a daemon that is killed."""
+PATIENT_LEASE_SECONDS = 30.0
+"""Of all others: a lease that runs out on a busy machine would be a decision that is not theirs."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Scenario:
             "lazy-bytes": 'name = "lazy", max_age = "1 h", pressure = 100',
             "batched-bytes": 'name = "batched", max_bytes = "512 KiB", max_delay = "1 h"',
         }[self.policy]
-        lease = RECORDED_LEASE_SECONDS if self.record else LEASE_SECONDS
+        lease = PATIENT_LEASE_SECONDS if self.kill_daemon_after is None else LEASE_SECONDS
         return (
             f'[telemetry]\ndirectory = "{directory}"\n[control]\nsocket = "{socket}.control"\n'
             f'[metrics]\nlisten = "127.0.0.1:0"\n'

@@ -59,8 +59,8 @@ WAITS_FOR_QEMU = (
     *ENTERS_AT_IOCTL[len(DISCARDS_DURING_LAUNCH) : -1],
     Edit(
         "convert.c",
-        "        bool call = op->state == OP_CONVERT ||",
-        "        bool call = op->state == OP_CONVERT || op->state == OP_EXPECT ||",
+        "        bool first = op->state == OP_CONVERT ||",
+        "        bool first = op->state == OP_CONVERT || op->state == OP_EXPECT ||",
     ),
     Edit(
         "interpose.c",

@@ -42,7 +42,7 @@ LOCKS = re.compile(r"upm_(?:un)?lock|pthread_")
 # What several threads do at once, seen by ThreadSanitizer.
 RACES = (
     *("many-vcpus", "during-the-discard", "flipped-back", "vcpus-do-not-wait", "closed-region"),
-    *("served-meanwhile", "commands-do-not-wait", "ended-threads"),
+    *("served-meanwhile", "commands-do-not-wait", "ended-threads", "other-madvise"),
 )
 
 

@@ -134,11 +134,16 @@ def test_hazard_14_vcpus_do_not_wait(hold: Hold) -> None:
 
 
 def test_hazard_14_in_turn(hold: Hold) -> None:
+    """Hazard 14: a large conversion that waits has its turn before small ones that come later."""
+    hold("in-turn")
+
+
+def test_hazard_14_wide_among_pages(hold: Hold) -> None:
     """Hazard 14: conversions of single pages do not pass by one of a large range for ever.
 
     Counted are the pages that KVM converts while it waits: one more for each vCPU at most.
     """
-    hold("in-turn")
+    hold("wide-among-pages")
 
 
 def test_hazard_15_commands_do_not_wait(hold: Hold) -> None:
@@ -221,7 +226,7 @@ def test_hazard_27_int_requests(hold: Hold) -> None:
     hold("int-requests")
 
 
-def test_hazard_29_many_runs(hold: Hold) -> None:
+def test_hazard_29_mirror_of_many_runs(hold: Hold) -> None:
     """Hazard 29: a reader's copy of the ledger is right after more runs than the record tells of.
 
     Also where its portions of the record end just before or behind what is missing.
@@ -229,6 +234,6 @@ def test_hazard_29_many_runs(hold: Hold) -> None:
     hold("mirror-of-many-runs")
 
 
-def test_hazard_29_resets(hold: Hold) -> None:
+def test_hazard_29_mirror_of_resets(hold: Hold) -> None:
     """Hazard 29: a reader hears that copies went with a reset, or with the RAM's mapping."""
     hold("mirror-of-resets")

@@ -31,6 +31,11 @@ def test_records(hold: Hold) -> None:
     hold("records")
 
 
+def test_records_in_order(hold: Hold) -> None:
+    """A conversion is on record before the one that takes its pages over."""
+    hold("records-in-order")
+
+
 def test_many_runs(hold: Hold) -> None:
     """A conversion over 513 runs of stale pages has no record of each: its reader is told."""
     hold("many-runs")

@@ -73,9 +73,11 @@ class _FakeHost:
             raise ConfigError("there is no policy 'greedy'", hint="installed: lazy")
         self.asked.append(("set_policy", name, policy, parameters))
 
-    async def set_budget(self, name: str, budget_bytes: int | None) -> None:
+    async def set_budget(self, name: str, budget_bytes: int | None) -> dict[str, int]:
         self.vm(name)
         self.asked.append(("set_budget", name, budget_bytes))
+        own = 1 << 28 if budget_bytes is None else budget_bytes
+        return {"budget": min(own, 1 << 29), "own": own}
 
     async def flush(self, name: str, copy: Copy | None = None) -> int:
         self.vm(name)

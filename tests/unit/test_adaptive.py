@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from qmp_upm_policies.adaptive import Adaptive
 from qmp_upm_policies.skirental import HEDGE, Bill, cheapest_hold
 
 from qmp_upm.digest import RETURN, Returns
@@ -18,6 +19,7 @@ from qmp_upm.policy import Batch, Decision, Policy, Pressure, make_policy
 from qmp_upm.prices import Prices
 from qmp_upm.protocol import Copy
 from qmp_upm.records import make_records
+from qmp_upm.simulator.compare import price
 from qmp_upm.simulator.engine import replay
 from qmp_upm.simulator.optimum import find_optimum
 from qmp_upm.simulator.profiles import find_profile
@@ -149,14 +151,16 @@ def test_a_trial_that_comes_back_is_not_spent(*, back: bool) -> None:
     assert gone == ([] if back else [(Copy.SHARED, [Range(1, 512 * PAGE_BYTES, PAGE_BYTES)])])
 
 
-@pytest.mark.parametrize("dropped", [0, 1])
-def test_takes_over_what_another_policy_holds(dropped: int) -> None:
-    """Swapped in, or after records were lost, it plans for all that is stale."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_takes_over_what_another_policy_holds(*, lost: bool) -> None:
+    """Swapped in, or after the ledger was read anew, it plans for all that is stale."""
     policy, ledger = make_policy("adaptive", {"prices": PRICES}), Ledger(1 << 40)
-    if dropped:
+    if lost:
         policy.decide(Batch(), ledger, 0, Pressure())
     ledger.apply(records_of((0, 4, 1, 0)), 0)
-    decision = policy.decide(Batch(dropped=dropped), ledger, 0, Pressure())
+    if lost:
+        policy.attached(ledger, 0)
+    decision = policy.decide(Batch(), ledger, 0, Pressure())
     assert until_empty(policy, ledger, decision) == ["learnt"]
 
 
@@ -270,3 +274,37 @@ def test_buckets_hold_what_they_say(seconds: float) -> None:
     bucket = int(bucket_of(np.array([seconds]))[0])
     assert seconds <= EDGES_S[bucket] * (1 + 1e-6) or bucket == BUCKETS - 1
     assert bucket == 0 or seconds > EDGES_S[bucket - 1] * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("workload", ["balloon", "hostile"])
+def test_what_discards_are_measured_to_take_is_learnt(workload: str) -> None:
+    """On a host whose discards cost a thousand times the default, nobody need have calibrated it.
+
+    Told what the plugin measures, it costs about what it does with the host's own prices; without
+    being told, many times that. Given prices are not touched.
+    """
+    prices, timeline = find_profile("mail-2022"), make_workload(workload, 0)
+
+    def ratio(told: Prices | None, **parameters: object) -> float:
+        outcome = replay(timeline, make_policy("adaptive", parameters), prices=told)
+        run = price("", "", outcome, prices, find_optimum(timeline, prices))
+        return run.ratio_to_optimum or 1.0
+
+    calibrated = ratio(None, prices=prices)
+    assert ratio(prices) < 1.2 * calibrated < 0.2 * ratio(None)
+    assert ratio(prices, prices=prices) == calibrated
+
+
+def test_regions_that_are_gone_are_forgotten() -> None:
+    """A guest that resets for ever has new regions each time; nothing adds up, nor gets slower."""
+    policy, ledger = make_policy("adaptive", {"prices": PRICES}), Ledger(1 << 40)
+    policy.decide(Batch(), ledger, 0, Pressure())
+    for region in range(1, 300):
+        for turn in (0, 1, 0):
+            records = make_records([(region, 0, PAGE_BYTES, turn, 1, 0, 1)])
+            ledger.apply(records, region * NSEC)
+            policy.decide(Batch(records), ledger, region * NSEC, Pressure())
+        policy.forgotten(ledger.forget_regions_but({region + 1}))
+    assert isinstance(policy, Adaptive)
+    assert not policy._times._rows
+    assert not policy._times.counts.any()

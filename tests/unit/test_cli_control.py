@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from qmp_upm import cli
 from qmp_upm.cli import app
 from qmp_upm.client import ask
 from qmp_upm.control import ControlServer
@@ -99,11 +100,14 @@ async def test_changes(server: ControlServer, host: Any) -> None:
     policy = ("set-policy", "db", "lazy", "max_age=5 s", "high=0.8", "list=[1, 2]")
     assert await run(server, *policy) == "db: policy lazy\n"
     assert await run(server, "set-budget", "db", "64 MiB") == "db: budget 64 MiB\n"
+    said = await run(server, "set-budget", "db", "2 TiB")
+    assert said == "db: budget 512 MiB of its own 2.0 TiB: its part of [host] budget\n"
     await run(server, "set-budget", "db", "default")
     assert await run(server, "flush", "db", "--copy", "shared") == "db: 12 KiB given back\n"
     assert host.asked == [
         ("set_policy", "db", "lazy", {"max_age": "5 s", "high": "0.8", "list": [1, 2]}),
         ("set_budget", "db", 64 << 20),
+        ("set_budget", "db", 2 << 40),
         ("set_budget", "db", None),
         ("flush", "db", Copy.SHARED),
     ]
@@ -138,7 +142,7 @@ async def test_wrong_usage_is_exit_code_2(
         (("show", "x"), "there is no VM 'x'", "known: db, web"),
         (("flush", "web"), "web is not attached", "wait"),
         (("set-policy", "db", "greedy"), "there is no policy 'greedy'", "installed: lazy"),
-        (("reload",), "internal error", "see the log"),
+        pytest.param(("reload",), "internal error", "see the log", marks=pytest.mark.traceback),
     ],
 )
 async def test_refusals_come_with_the_daemon_s_hint(
@@ -334,3 +338,20 @@ async def test_completion_knows_the_words(
     async with asyncio.timeout(30):
         out, errors = await process.communicate()
     assert (out.decode().split(), errors) == (found, b"")
+
+
+def test_a_qemus_words_do_not_act_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that a QEMU has written is printed without its control characters."""
+
+    def fail() -> None:
+        raise ControlError("\x1b]0;pwned\x07 all is well\r\n#", hint="\x1b[2J")
+
+    monkeypatch.setattr("qmp_upm.cli.app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert all(c.isprintable() or c == "\n" for c in said)
+    assert said.count("\n") == 2

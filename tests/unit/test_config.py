@@ -3,13 +3,14 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from qmp_upm import cli
-from qmp_upm.configfile import load_config, read_config
+from qmp_upm.configfile import key_lines, load_config, read_config
 from qmp_upm.configschema import config_schema
 from qmp_upm.errors import ConfigError, MessageError
 from qmp_upm.protocol import Read, read_message
@@ -82,6 +83,43 @@ def test_errors_name_lines_and_all_are_said(tmp_path: Path) -> None:
     }
     assert problems["vms.a.bugdet"].hint == "did you mean 'budget'?"
     assert str(problems["host.budget"]).startswith(f"{file}:14: host.budget: ")
+
+
+def test_brackets_in_strings_and_comments_end_nothing() -> None:
+    """Statements are told apart as TOML has them."""
+    text = (
+        'a = ["]", \'[\', # ] [\n  """\n[\\"""]"""]\n'
+        "b = '''\n]''' # [\n[t] # ]\n'c]' = { d = \"}\", e = [\n1,\n] }\nf = \"#\"\n"
+    )
+    assert set(key_lines(text)) == {
+        (("a",), 1),
+        (("b",), 4),
+        (("t",), 6),
+        (("t", "c]"), 7),
+        (("t", "c]", "d"), 7),
+        (("t", "c]", "e"), 7),
+        (("t", "f"), 10),
+    }
+
+
+def test_a_long_list_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thousand names of VMs take as many lines, not as many times as many."""
+    read, loads = [], tomllib.loads
+    monkeypatch.setattr(tomllib, "loads", lambda text: read.append(len(text)) or loads(text))
+    text = "match = [\n" + '  "vm-[0-9]*",\n' * 2000 + "]\nbudget = 1\n"
+    assert list(key_lines(text)) == [(("match",), 1), (("budget",), 2003)]
+    assert sum(read) == len(text)
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [("host", "discovery_interval"), ("host", "pressure_interval"), ("defaults", "lease")],
+)
+def test_what_would_never_rest_is_refused(tmp_path: Path, table: str, key: str) -> None:
+    """Intervals and leases of microseconds."""
+    (tmp_path / "c.toml").write_text(f"{GOOD}[{table}]\n{key} = 1e-6\n")
+    with pytest.raises(ConfigError, match=f"{table}.{key}"):
+        load_config(tmp_path / "c.toml")
 
 
 def test_drop_ins_in_name_order(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def fallen_back(what: Callable[[], None], patch: pytest.MonkeyPatch, **limits: f
     patch.setattr(contained, "TICK_SECONDS", TICK_S)
     for name, value in limits.items():
         patch.setattr(contained, name, value)
-    policy = ContainedPolicy(Doing(what), VmStats(), Clock())
+    policy = ContainedPolicy(lambda: Doing(what), VmStats(), Clock())
     policy.decide(Batch(), Ledger(0), 0, Pressure())
     return policy.fallen_back
 

@@ -3,57 +3,19 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
 from pathlib import Path
 
 import pytest
 
-from qmp_upm.configfile import load_config
 from qmp_upm.errors import ConfigError, UnavailableError, UnknownVmError
 from qmp_upm.events import HostEvent, HostEventName
-from qmp_upm.host import Host
 from qmp_upm.pressure import PressureFiles
 from qmp_upm.protocol import Copy
 from qmp_upm.stats import State
 from qmp_upm.vm import Session
+from tests.unit.hosts import FAST, KEEP, hosting, states, write
 from tests.unit.sessions import MIB, PAGE, fake_vm, until
-
-KEEP = 'policy = { name = "eager", copies = "none" }\n'
-
-
-def write(tmp_path: Path, text: str = "", head: str = "") -> Path:
-    """A configuration that looks for VMs in tmp_path/vms, every few milliseconds."""
-    (tmp_path / "vms").mkdir(exist_ok=True)
-    file = tmp_path / "config.toml"
-    file.write_text(
-        f'discovery = ["{tmp_path}/vms/*.monitor"]\n{head}\n[telemetry]\n'
-        f'directory = "{tmp_path}"\n{text}\n'
-    )
-    return file
-
-
-FAST = "[host]\ndiscovery_interval = 0.01\npressure_interval = 0.01\n"
-
-
-@contextlib.asynccontextmanager
-async def hosting(file: Path, files: PressureFiles | None = None) -> AsyncIterator[Host]:
-    """A host at work, which must leave nothing behind."""
-    before = asyncio.all_tasks()
-    host = Host(load_config(file), files=files)
-    host.start()
-    task = asyncio.create_task(host.run())
-    try:
-        yield host
-        assert not task.done()
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    assert {t for t in asyncio.all_tasks() if "vm " in t.get_name()} <= before
-
-
-def states(host: Host) -> dict[str, str]:
-    """Names and states."""
-    return {view.name: view.state.value for view in host.vms()}
 
 
 async def test_vms_come_restart_and_go(tmp_path: Path) -> None:
@@ -105,11 +67,11 @@ async def test_names_are_not_trusted(tmp_path: Path) -> None:
         names = {Path(view.socket).stem: view.name for view in host.vms()}
         assert names.pop("e") != names.pop("f")
         assert names == {
-            "a": "etc_pass_wd",
+            "a": "../../etc/pass wd",
             "b": uuid,
             "c": "c",
             "d": "boss-d",
-            "g": "n" * 64,
+            "g": "n" * 128,
             "boss": "boss",
         }
         assert host.vm(uuid).uuid == uuid
@@ -255,11 +217,12 @@ async def test_host_budget_is_divided_and_never_exceeded(tmp_path: Path) -> None
         await until(lambda: peers["other"].plugin.ledger.budget == 256 * MIB)
 
 
+@pytest.mark.traceback
 async def test_session_that_dies_is_seen_and_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A defect of ours in one session costs that VM a moment, and nobody else anything."""
-    monkeypatch.setattr("qmp_upm.roster.RESTART_SECONDS", 0.01)
+    monkeypatch.setattr("qmp_upm.supervision.RESTART_SECONDS", 0.01)
     deaths = iter([True, True])
     run = Session.run
 
@@ -276,7 +239,7 @@ async def test_session_that_dies_is_seen_and_begun_again(
         hosting(file) as host,
     ):
         await until(lambda: states(host) == {"a": "attached", "b": "attached"})
-        assert host.roster.deaths == 2
+        assert host.supervisor.deaths == {"session": 2}
         assert host.ready
 
 
@@ -307,11 +270,12 @@ async def test_pressure_reaches_the_policy(tmp_path: Path) -> None:
     ):
         await until(lambda: states(host) == {"web": "attached"})
         (session,) = host.sessions
-        own = proc / str(session.peer_pid)
+        own = proc / str(session.peer.process)
         own.mkdir()
-        (own / "cgroup").write_text("1:name=systemd:/old\n0::/machine.slice/web\n")
+        (own / "cgroup").write_text("1:name=systemd:/old\n0::/machine.slice/web/libvirt/emulator\n")
         group = cgroup / "machine.slice" / "web"
-        group.mkdir(parents=True)
+        (group / "libvirt" / "emulator").mkdir(parents=True)
+        (group / "memory.max").write_text("max\n")
         (group / "memory.current").write_text("4096\n")
         assert session.guest.pressure.host_some_percent == 0
         decisions = session.guest.stats.decisions
@@ -361,3 +325,64 @@ async def test_states_are_told(tmp_path: Path) -> None:
             events.close()
             told = [e.data["state"] async for e in events if e.name is HostEventName.VM_STATE]
     assert told == ["attached"]
+
+
+async def test_a_killed_qemus_socket_is_a_vm_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is left, and nobody listens; one that starts there again is served again."""
+    monkeypatch.setattr("qmp_upm.host.DESERTED_SECONDS", 0.3)
+    file, path = write(tmp_path, FAST), tmp_path / "vms" / "a.monitor"
+    async with hosting(file) as host:
+        async with fake_vm(name="a").listening(path):
+            await until(lambda: states(host) == {"a": "attached"})
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(path))
+        await until(lambda: list(states(host).values()) == ["backoff"])
+        await until(lambda: not states(host))
+        await asyncio.sleep(0.1)
+        assert not states(host)
+        async with fake_vm(name="a").listening(path):
+            await until(lambda: states(host) == {"a": "attached"})
+
+
+async def test_what_a_killed_qemu_converted_is_counted(tmp_path: Path) -> None:
+    """All that was read, though its plugin was never asked again; and the next boot flips nothing.
+
+    Metrics, followed conversions and telemetry agree to the unit.
+    """
+    file = write(tmp_path, FAST + "[defaults]\n" + KEEP)
+    async with hosting(file) as host:
+        for boot in range(3):
+            async with fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor") as peer:
+                await until(lambda: states(host) == {"web": "attached"})
+                for page in range(5):
+                    peer.plugin.convert(1, 2 * page * PAGE, PAGE, to_private=True)
+                read = 5 * (boot + 1)
+                await until(lambda wanted=read: host.vm("web").stats.followed_conversions == wanted)
+                assert sum(host.vm("web").stats.conversions.values()) == read
+                asked = peer.counts["x-upm-query"]
+            await until(lambda: states(host) != {"web": "attached"})
+            assert peer.counts["x-upm-query"] == asked
+        await until(lambda: not states(host))
+        async with fake_vm(name="web").listening(tmp_path / "vms" / "a.monitor"):
+            await until(lambda: states(host) == {"web": "attached"})
+            stats = host.vm("web").stats
+            assert stats.conversions == {Copy.PRIVATE: 15, Copy.SHARED: 0}
+            assert stats.converted_bytes == {Copy.PRIVATE: 15 * PAGE, Copy.SHARED: 0}
+            assert stats.flips == 0
+
+
+async def test_set_budget_says_what_applies(tmp_path: Path) -> None:
+    """Above its part of the host's budget a VM gets its part, and the answer says so."""
+    file = write(tmp_path, FAST + 'budget = "8 MiB"\n[defaults]\n' + KEEP)
+    async with (
+        fake_vm(name="a").listening(tmp_path / "vms" / "a.monitor"),
+        hosting(file) as host,
+    ):
+        await until(lambda: states(host) == {"a": "attached"})
+        answer = await host.set_budget("a", 1 << 41)
+        assert answer == {"budget": 8 * MIB, "own": 1 << 41}
+        answer = await host.set_budget("a", 2 * MIB)
+        assert answer == {"budget": 2 * MIB, "own": 2 * MIB}
+        assert host.vm("a").budget_bytes == 2 * MIB

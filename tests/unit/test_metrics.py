@@ -20,7 +20,7 @@ from qmp_upm.config import Config
 from qmp_upm.exposition import FRESH_MOST, FRESH_SECONDS, Exposition, pages
 from qmp_upm.host import Host, ReloadState
 from qmp_upm.looplag import LoopLag
-from qmp_upm.metrics import VM_FAMILIES, daemon_metrics
+from qmp_upm.metrics import VM_FAMILIES, DaemonFigures, daemon_metrics
 from qmp_upm.protocol import Copy
 from qmp_upm.stats import BUCKETS, State, Trouble, VmStats, VmView
 
@@ -111,7 +111,7 @@ def exposition(vms: list[VmView], clock: list[float] | None = None) -> Expositio
     reload = ReloadState(successful=False, time=1_700_000_123.5, error="bad")
 
     def others() -> Iterator[Metric]:
-        yield from daemon_metrics(reload, lag, 1 << 20)
+        yield from daemon_metrics(DaemonFigures(reload, lag, 1 << 20, 3, {"session": 2}))
 
     time = clock or [0.0]
     return Exposition(lambda: iter(vms), others, lambda: time[0])

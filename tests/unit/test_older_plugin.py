@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qmp_upm import serving
+from qmp_upm import refresh
 from qmp_upm.asks import Flush, SetBudget
 from qmp_upm.events import HostEventName
 from qmp_upm.protocol import Copy
@@ -74,7 +74,7 @@ def _key(command: str, arguments: Mapping[str, Any]) -> str:
 
 async def test_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attached, followed, flushed, over its budget, given a smaller one, and left: as a new one."""
-    monkeypatch.setattr(serving, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(refresh, "REFRESH_SECONDS", 0.01)
     peer = Replayed()
     peer.next_act()
     settings = {"policy": KEEP, "budget": "1 MiB", "lease": "30 s"}

@@ -14,12 +14,13 @@ from qmp_upm.config import PolicyTable, VmSettings
 from qmp_upm.errors import PolicyError, UnavailableError
 from qmp_upm.events import HostEventName
 from qmp_upm.pages import PageSet
-from qmp_upm.policy import Batch, Decision, Discard, Policy
+from qmp_upm.policy import Batch, Decision, Discard, Policy, Pressure
 from qmp_upm.protocol import READ_MOST, Copy
 from qmp_upm.stats import State
-from qmp_upm.testing import FakeVm, Flood, ReplyError, Script
+from qmp_upm.testing import FakePlugin, FakeVm, Flood, ReplyError, Script
 from qmp_upm.testing.peer import encode
 from tests.unit.sessions import MIB, PAGE, fake_vm, running, until
+from tests.unit.virtualtime import VirtualLoop, run_in_virtual_time
 
 KEEP = {"name": "eager", "copies": "none"}
 
@@ -59,7 +60,7 @@ async def test_flood_of_events_costs_no_turns(tmp_path: Path) -> None:
     """Events that say nothing end in dropped events, a few turns and a resynchronisation."""
     bell = encode({"timestamp": {}, "event": "X_UPM_LEASE_EXPIRED", "data": {}})
     plan = Script()
-    plan.add("x-upm-read", None, Flood(20_000, bell))
+    plan.add("x-upm-read", None, Flood(3_000, bell))
     async with fake_vm(plan).listening(tmp_path / "sock") as peer, running(tmp_path) as run:
         await until(lambda: run.session.guest.stats.lease_expiries > 0)
         await until(lambda: peer.counts["x-upm-read"] > 4)
@@ -317,6 +318,89 @@ async def test_restarted_qemu_keeps_counters_monotonic(tmp_path: Path) -> None:
             await until(lambda: run.session.state is State.ATTACHED)
     assert stats.discarded_bytes[Copy.SHARED] == {"flush": 6 * PAGE}
     assert stats.reconnects == 3
+
+
+async def test_everything_is_given_back_in_one_request(tmp_path: Path) -> None:
+    """Of a copy that is no longer kept, however many pieces it is in: no list is made of them."""
+    policy = {"name": "lazy", "pressure": 10.0}
+    async with (
+        fake_vm().listening(tmp_path / "sock") as peer,
+        running(tmp_path, policy=policy) as run,
+    ):
+        await until(lambda: run.session.state is State.ATTACHED)
+        for page in range(0, 16384, 2):
+            flip(peer, 1, page)
+        await until(lambda: run.session.guest.ledger.stale_bytes == 8192 * PAGE)
+        run.session.feel(Pressure(host_some_percent=50))
+        await until(lambda: peer.plugin.ledger.stale(Copy.SHARED) == 0)
+        await until(lambda: run.session.guest.stats.discards[Copy.SHARED])
+    asked = [arguments for name, arguments in peer.asked if name == "x-upm-discard"]
+    assert [arguments["all"] for arguments in asked] == [True]
+    assert run.session.guest.stats.discards[Copy.SHARED] == {"pressure": 1}
+
+
+class Restless(Policy):
+    """Wants to be asked again at once, always."""
+
+    def decide(self, _batch: Any, _ledger: Any, now_ns: int, _pressure: Any) -> Decision:
+        """Nothing to do."""
+        return Decision(frozenset(Copy), wake_at_ns=now_ns)
+
+
+def test_a_restless_policy_has_pauses(tmp_path: Path) -> None:
+    """An idle VM costs no reads without end, whatever its policy wishes: by a clock that jumps."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        plugin = FakePlugin({"ram": MIB}, clock_ns=loop.monotonic_ns)
+        async with (
+            FakeVm(plugin).listening(tmp_path / "sock") as peer,
+            running(tmp_path, loop.clock, lease="60 s") as run,
+        ):
+            run.session.guest.policy._policy = Restless(None)
+            await until(lambda: run.session.state is State.ATTACHED)
+            before = peer.counts["x-upm-read"]
+            await asyncio.sleep(10)
+            assert 900 < peer.counts["x-upm-read"] - before <= 1001
+
+    run_in_virtual_time(main())
+
+
+@pytest.mark.untrue("its figures are not those of its ledger")
+def test_a_plugin_that_contradicts_itself_is_read_seldom(tmp_path: Path) -> None:
+    """Figures that no reading of the ledger can explain: ten minutes of a clock that jumps."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        plugin = FakePlugin({"ram": MIB}, clock_ns=loop.monotonic_ns)
+        peer, known = FakeVm(plugin), plugin.__call__
+
+        def lie(command: str, arguments: Any) -> object:
+            answer: Any = known(command, arguments) if command.startswith("x-upm") else None
+            if command == "x-upm-query":
+                answer["stale"]["shared"] += PAGE
+            return peer._handle(command, arguments) if answer is None else answer
+
+        peer.handler = lie
+        async with peer.listening(tmp_path / "sock"), running(tmp_path, loop.clock) as run:
+            await until(lambda: run.session.state is State.ATTACHED)
+            await asyncio.sleep(600)
+            assert peer.counts["x-upm-stale"] / 2 < 20
+            assert run.session.view().stale_bytes[Copy.SHARED] == PAGE
+
+    run_in_virtual_time(main())
+
+
+async def test_a_qemu_without_names_may_have_a_uuid(tmp_path: Path) -> None:
+    """Each is asked for, whether or not the other is known."""
+    uuid = "11111111-2222-4333-8444-555555555555"
+    peer = fake_vm(uuid=uuid)
+    peer.replies["query-name"].append(ReplyError("no", kind="CommandNotFound"))
+    async with peer.listening(tmp_path / "sock"), running(tmp_path) as run:
+        await until(lambda: run.session.state is State.ATTACHED)
+        assert (run.session.identity.name, run.session.view().uuid) == (None, uuid)
 
 
 async def test_policy_may_name_reasons_without_end(tmp_path: Path) -> None:

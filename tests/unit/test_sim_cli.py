@@ -12,11 +12,16 @@ from random import Random
 import pytest
 
 from qmp_upm import calibrate
+from qmp_upm.configfile import load_config
 from qmp_upm.errors import ConfigError
 from qmp_upm.prices import load_prices
+from qmp_upm.simulator.compare import price
+from qmp_upm.simulator.engine import replay
+from qmp_upm.simulator.optimum import find_optimum
 from qmp_upm.simulator.profiles import PROFILES, find_profile, mail_2022
 from qmp_upm.simulator.workloads import WORKLOADS, make_workload
 from qmp_upm.trace import TraceWriter
+from qmp_upm.units import format_size
 
 KEYS = {
     "policy",
@@ -237,6 +242,37 @@ def test_advise_explains_itself(trace: Path) -> None:
     assert result.returncode == 0, result.stderr
     for word in ("policy = { name =", "saves", "holds", "draws from 12 windows"):
         assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("workload", "profile"),
+    [("balloon", "mail-2022"), ("ovmf", "measured"), ("ovmf-pool", "file"), ("swiotlb", "free")],
+)
+def test_what_advise_prints_gives_what_it_promises(
+    tmp_path: Path, workload: str, profile: str
+) -> None:
+    """Its lines, pasted into a configuration that is then loaded, cost and hold what it says."""
+    prices = find_profile("mail-2022" if profile == "file" else profile)
+    if profile == "file":
+        profile = str(tmp_path / "prices.toml")
+        lines = (f"{name} = {price!r}" for name, price in prices.model_dump().items())
+        Path(profile).write_text("\n".join(["[prices]", *lines]))
+    result = qmp_upm("advise", "--workload", workload, "--profile", profile)
+    assert result.returncode == 0, result.stderr
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    pasted = [line for line in lines if line.startswith(("policy = ", "budget = "))]
+    (costs,) = (line for line in lines if line.startswith("costs "))
+    (holds,) = (line for line in lines if line.startswith("holds "))
+    file = tmp_path / "config.toml"
+    head = ['discovery = ["/x"]', "[telemetry]", f'directory = "{tmp_path}"', "[defaults]"]
+    file.write_text("\n".join([*head, *pasted]))
+    settings = load_config(file).defaults
+    timeline = make_workload(workload, 0)
+    outcome = replay(timeline, settings.policy.make(), settings.budget, prices)
+    run = price("", "", outcome, prices, find_optimum(timeline, prices))
+    assert costs.split()[1] == f"{run.ratio_to_optimum or 1:.2f}"
+    assert f"{format_size(outcome.peak_stale_bytes)} at most" in holds
+    assert outcome.peak_stale_bytes <= settings.budget
 
 
 def test_advise_gives_json(trace: Path) -> None:

@@ -75,6 +75,20 @@ def test_an_end_of_zeroes_is_torn(path: Path) -> None:
     assert len(read_trace(path).records) == 3
 
 
+@pytest.mark.parametrize("zeroes", [1, 28, 100_000])
+@pytest.mark.parametrize("written", [0, 5])
+def test_blocks_that_were_never_written_are_torn(path: Path, zeroes: int, written: int) -> None:
+    """A power failure may leave zeroes where whole blocks should be, as a file system has it."""
+    whole = path.read_bytes()
+    before = len(read_trace(path).records)
+    path.write_bytes(whole + b"\xff" * written + bytes(zeroes))
+    trace = read_trace(path)
+    assert (len(trace.records), trace.torn_bytes) == (before, written + zeroes)
+    path.write_bytes(whole + bytes(zeroes + 28) + b"\xff")
+    with pytest.raises(TraceError, match=f"damaged at byte {len(whole)}"):
+        read_trace(path)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 3 * RECORD.itemsize + 27), flip=st.integers(1, 255))
 def test_damage_is_an_error(path: Path, at: int, flip: int) -> None:
