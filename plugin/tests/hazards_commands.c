@@ -97,6 +97,28 @@ static void commands_do_not_wait(void)
     expect(!vcpu_finish(here));
 }
 
+/* 29: a copy whose mode is eager again goes, and the other one stays. */
+static void one_copy_eager(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+
+    for (int shared = 0; shared < 2; shared++) {
+        defer_up_to(4 * MIB);
+        expect(!guest_convert(m, 0, MIB / 2, true) && !guest_convert(m, 0, MIB / 4, false));
+        expect(query("stale-shared") == MIB / 4 && query("stale-private") == MIB / 4);
+        configure(shared ? "{\"shared\": \"eager\"}" : "{\"private\": \"eager\"}");
+        while (query(shared ? "stale-shared" : "stale-private")) {
+            usleep(1000);
+        }
+        usleep(A_WHILE_US);
+        expect(query(shared ? "stale-private" : "stale-shared") == MIB / 4);
+        drain();
+        expect(!guest_convert(m, 0, MIB, false));
+        vcpu_run();
+    }
+    expect(!fake.violations);
+}
+
 static bool second_is_done(void)
 {
     return fake.discarded_id == 8;
@@ -382,6 +404,7 @@ static void unterminated(void)
 
 const struct hazard command_hazards[] = {
     { "budget", budget }, { "many-vcpus", many_vcpus },
+    { "one-copy-eager", one_copy_eager },
     { "commands-do-not-wait", commands_do_not_wait }, { "requests", requests },
     { "served-meanwhile", served_meanwhile }, { "overrun", overrun }, { "records", records },
     { "records-in-order", records_in_order }, { "many-runs", many_runs },

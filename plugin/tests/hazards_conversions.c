@@ -208,8 +208,8 @@ static void *convert_a_page(void *unused)
     return NULL;
 }
 
-/* 11, of the plugin's own memory: what it takes for a thread goes with the thread, and what it takes
- * for a very large conversion with that. */
+/* 11, of the plugin's own memory: what it takes for a thread goes with the thread, what it takes for a
+ * very large conversion with that, and what it takes for RAM with the RAM. */
 static void threads_and_memory(void)
 {
     const uint64_t far = 1ull << 40, large = 16ull << 30;
@@ -230,6 +230,13 @@ static void threads_and_memory(void)
         expect(!convert_only(far, large, false));
         vcpu_run();
         before = i == 2 ? mapped() : before;
+    }
+    expect(SANITIZED || mapped() < before + 4 * MIB);
+    for (int i = 0; i < 20; i++) {
+        slot_unmap(1);
+        memory_free(m);
+        m = memory_new(RAM_MEMFD, far, large);
+        slot_plug(1, m, 0, large, far);
     }
     expect(SANITIZED || mapped() < before + 4 * MIB);
 }

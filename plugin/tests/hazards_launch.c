@@ -4,6 +4,7 @@
 
 #include "../kvm-abi.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -159,6 +160,47 @@ static void closed_before_the_vm(void)
     expect(allocated(m->shared_fd) == 0 && !fake.violations);
 }
 
+static _Atomic bool rebuilt;
+
+static void *rebuild(void *argument)
+{
+    struct memory *m = argument;
+
+    vm_new();
+    rebuilt = true;
+    set_slots(m);
+    return NULL;
+}
+
+/* 31: a discard is under way when QEMU begins to rebuild: QEMU goes on when it is over. */
+static void reset_during_a_discard(void)
+{
+    struct memory *m = start(RAM_MEMFD, 4 * MIB);
+    pthread_t thread;
+
+    defer_up_to(8 * MIB);
+    fill_shared(m, 0, 4 * MIB);
+    expect(!guest_convert(m, 0, 4 * MIB, true));
+    vcpu_run();
+    shut_gate();
+    fake.before_punch = stop_punch;
+    ask_discard("shared", 0, 4 * MIB);
+    wait_for(somebody_waits, "the punch");
+    slot_unmap(0);
+    pthread_create(&thread, NULL, rebuild, m);
+    usleep(A_WHILE_US);
+    expect(!rebuilt);
+    open_gate();
+    pthread_join(thread, NULL);
+    expect(rebuilt);
+    usleep(A_WHILE_US);
+    /* The chunk that was under way is gone, and no more. */
+    expect(stale() == 2 * MIB && !fake.violations && fake.discarded_id == 0);
+    vcpu_run();
+    wait_for(discarded, "X_UPM_DISCARDED");
+    expect(!stale() && !fake.violations);
+}
+
 /* 23: two blocks of RAM of the same size keep their own copies apart, one more comes, and one that
  * is unplugged while the VM is rebuilt takes what was stale with it */
 static void reset_of_two(void)
@@ -257,5 +299,6 @@ const struct hazard launch_hazards[] = {
     { "launch-source", launch_source }, { "resets", resets }, { "reset-source", reset_source },
     { "closed-before-the-vm", closed_before_the_vm }, { "reset-of-two", reset_of_two },
     { "no-room-at-reset", no_room_at_reset },
+    { "reset-during-a-discard", reset_during_a_discard },
     { "int-requests", int_requests }, { NULL, NULL },
 };

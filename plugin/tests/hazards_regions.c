@@ -106,6 +106,9 @@ static void slot_registration(void)
     expect(!guest_convert(m, 0, 16 * PAGE, false));
     slot_unmap(7);
     expect(counter("conversions-to") == 2 && stale() == 16 * PAGE);
+    /* Nor do slots of another address space count: SMM has one, and no private memory. */
+    slot_map(1 << 16 | 3, m, 0, MIB, 64 * MIB);
+    expect(!query_says("\"gpa\": 67108864") && query_says("\"gpa\": 0"));
     /* A slot registered, and a part of it converted; or more than it. */
     slot_map(0, m, 0, MIB, 0);
     expect(!guest_convert(m, 0, 32 * PAGE, true) && counter("conversions-to") == 3);
@@ -219,6 +222,7 @@ static void half_closed(void)
 {
     struct memory *m = start(RAM_MEMFD, MIB);
     struct vcpu *v = vcpu_new();
+    uint64_t missed;
     int kept;
 
     defer_up_to(8 * MIB);
@@ -235,7 +239,10 @@ static void half_closed(void)
     m->shared_fd = kept;
     /* A conversion is pending when the mapping goes. */
     expect(!vcpu_convert(v, m, 32, 8, true));
+    missed = query("dropped");
     munmap(m->shared, MIB);
+    /* The record can't tell what has gone: its reader is told to read the ledger. */
+    expect(query("dropped") > missed);
     expect(query("stale-shared") == 0 && query("forgotten-bytes-shared") == 8 * PAGE);
     expect(allocated(m->shared_fd) == MIB - 8 * PAGE);
     vcpu_discard(v, m, 32, 8, true);   /* QEMU's own: its madvise() finds no mapping */
@@ -246,8 +253,9 @@ static void half_closed(void)
     expect(!fallocate64(m->private_fd, PUNCH, 0, 4 * PAGE) && query("stale-private") == 4 * PAGE);
     discard_and_wait("both", 0, MIB);
     expect(!stale());
+    missed = query("dropped");
     close(m->private_fd);
-    expect(query_says("\"regions\": []"));
+    expect(query_says("\"regions\": []") && query("dropped") == missed);
 }
 
 /* A part of the mapping, one page before it, and one behind. */

@@ -43,6 +43,7 @@ LOCKS = re.compile(r"upm_(?:un)?lock|pthread_")
 RACES = (
     *("many-vcpus", "during-the-discard", "flipped-back", "vcpus-do-not-wait", "closed-region"),
     *("served-meanwhile", "commands-do-not-wait", "ended-threads", "other-madvise"),
+    *("drain-retries", "requests", "lease-runs-out", "resets"),
 )
 
 

@@ -237,3 +237,8 @@ def test_hazard_29_mirror_of_many_runs(hold: Hold) -> None:
 def test_hazard_29_mirror_of_resets(hold: Hold) -> None:
     """Hazard 29: a reader hears that copies went with a reset, or with the RAM's mapping."""
     hold("mirror-of-resets")
+
+
+def test_hazard_29_one_copy_eager(hold: Hold) -> None:
+    """Hazard 29: when one copy's mode is eager again it is drained, and the other one stays."""
+    hold("one-copy-eager")
