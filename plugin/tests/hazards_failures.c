@@ -3,6 +3,7 @@
 #include "hazards.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -211,8 +212,101 @@ static void half_failed(void)
     expect(query("left-alone-bytes") == 4 * MIB && !fake.violations);
 }
 
+static _Atomic bool budgets_kept;
+
+static void *lower_budgets(void *argument)
+{
+    struct memory *m = argument;
+
+    for (uint64_t page = 2; page <= 60; page += 2) {
+        uint64_t failed;
+
+        defer_up_to(MIB);
+        expect(!guest_convert(m, page * PAGE, PAGE, true));
+        vcpu_run();
+        failed = query("failed-discards");
+        configure("{\"budget\": 0}");
+        /* The good page goes. A second try of the bad one is in vain, so that a pause begins. */
+        while (!only_the_bad_one() || query("failed-discards") < failed + 2) {
+            usleep(200);
+        }
+    }
+    budgets_kept = true;
+    return NULL;
+}
+
+static bool all_budgets_kept(void)
+{
+    return budgets_kept;
+}
+
+/* 11 and 26: a smaller budget does not wait for the pause after a page that can't be punched. The
+ * pauses grow to 10 s: thirty budgets that each waited for one would take minutes. */
+static void lowered_in_a_pause(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+    pthread_t thread;
+
+    fill_shared(m, 0, MIB);
+    bad_error = EIO;
+    bad_fd = m->shared_fd;
+    bad_offset = 0;
+    fake.refuse_punch = refuse_one;
+    defer_up_to(MIB);
+    expect(!guest_convert(m, 0, PAGE, true));
+    vcpu_run();
+    pthread_create(&thread, NULL, lower_budgets, m);
+    wait_for(all_budgets_kept, "thirty smaller budgets to be kept");
+    pthread_join(thread, NULL);
+    expect(query_says("\"state\": \"followed\"") && allocated(m->shared_fd) == MIB - 30 * PAGE);
+    fake.refuse_punch = NULL;
+    drain();
+    expect(!fake.violations);
+}
+
+enum { STALE_PAGES = 16 };
+
+static _Atomic unsigned refused_to_worker;
+static __thread bool is_vcpu;
+
+/* The kernel is short of memory. The worker's second round is stopped at its first page. */
+static int refuse_a_round(int fd, uint64_t offset, uint64_t bytes)
+{
+    (void)fd, (void)offset, (void)bytes;
+    if (!is_vcpu && refused_to_worker++ == STALE_PAGES) {
+        stop_attributes();
+    }
+    return ENOMEM;
+}
+
+/* 16 and 26: one short lack of memory meets many pages of a drain: that is one failure. QEMU's own
+ * call, which meets it too, is still kept in the ledger and the guest hears nothing. */
+static void failed_round(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+
+    is_vcpu = true;
+    defer_up_to(MIB);
+    fill_shared(m, 0, MIB);
+    for (uint64_t i = 0; i < STALE_PAGES; i++) {
+        expect(!guest_convert(m, 2 * i * PAGE, PAGE, true));
+    }
+    shut_gate();
+    fake.refuse_punch = refuse_a_round;
+    configure("{\"private\": \"eager\", \"shared\": \"eager\"}");
+    wait_for(somebody_waits, "the second round");
+    expect(query("failed-discards") == STALE_PAGES);
+    expect(!guest_convert(m, 100 * PAGE, PAGE, true) && !query_says("\"failing\""));
+    expect(stale() == (STALE_PAGES + 1) * PAGE && m->shared[100 * PAGE] == 0x5a);
+    fake.refuse_punch = NULL;
+    open_gate();
+    drain();
+    expect(query("failsafe-bytes-shared") == (STALE_PAGES + 1) * PAGE && !fake.violations);
+}
+
 const struct hazard failure_hazards[] = {
     { "failed-discards", failed_discards }, { "drain-retries", drain_retries },
     { "one-bad-page", one_bad_page }, { "no-punch-works", no_punch_works },
-    { "half-failed", half_failed }, { NULL, NULL },
+    { "half-failed", half_failed }, { "lowered-in-a-pause", lowered_in_a_pause },
+    { "failed-round", failed_round }, { NULL, NULL },
 };

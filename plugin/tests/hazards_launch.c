@@ -246,6 +246,39 @@ static void reset_of_two(void)
     expect(!resident(m[1]->shared + PAGE));
 }
 
+/* 23 and 31: the reset's guest_memfd is one too many to follow: no copy of the last boot is stale any
+ * more, since nobody would see it become live in the next */
+static void no_room_at_reset(void)
+{
+    enum { ROOM = 512 };
+    struct upm_kvm_create_guest_memfd create = { .size = PAGE };
+    struct memory *m = start_private(RAM_MEMFD, MIB);
+
+    defer_up_to(8 * MIB);
+    expect(!guest_convert(m, 0, MIB, false));
+    fill_shared(m, 0, MIB);
+    expect(!guest_convert(m, 0, MIB, true) && stale() == MIB);
+    vcpu_run();
+    for (int i = 1; i < ROOM; i++) {
+        expect(ioctl(fake.vm_fd, UPM_KVM_CREATE_GUEST_MEMFD, &create) >= 0 && !fake.said);
+    }
+    slot_unmap(0);
+    vm_reset(&m, 1);
+    expect(fake.said == 1 && strstr(fake.last_said, "no memory to follow"));
+    set_slots(m);
+    vcpu_run();
+    expect(!guest_convert(m, 0, MIB, false));
+    memset(m->shared, 0x77, MIB);
+    vcpu_run();
+    ask_discard_of_all();
+    wait_for(discarded, "X_UPM_DISCARDED");
+    drain();
+    expect(m->shared[0] == 0x77 && m->shared[MIB - 1] == 0x77 && !fake.violations);
+    /* Its discards are QEMU's own. */
+    defer_up_to(8 * MIB);
+    expect(!guest_convert(m, 0, MIB, true) && !stale() && allocated(m->shared_fd) == 0);
+}
+
 /* 27: QEMU 9.1 passes an ioctl's number as an int, and bit 31 fills the upper half */
 static void int_requests(void)
 {
@@ -265,6 +298,7 @@ static void int_requests(void)
 const struct hazard launch_hazards[] = {
     { "launch-source", launch_source }, { "resets", resets }, { "reset-source", reset_source },
     { "closed-before-the-vm", closed_before_the_vm }, { "reset-of-two", reset_of_two },
+    { "no-room-at-reset", no_room_at_reset },
     { "reset-during-a-discard", reset_during_a_discard },
     { "int-requests", int_requests }, { NULL, NULL },
 };

@@ -5,6 +5,9 @@
  */
 #include "hazards.h"
 
+#include "../upm.h"
+
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -196,6 +199,41 @@ static void large(void)
     expect(!stale() && counter("forgotten-bytes") == 2 * PAGE && !fake.violations);
 }
 
+static _Atomic unsigned asked;
+static _Atomic bool over;
+
+static void *ask_all_the_time(void *unused)
+{
+    (void)unused;
+    while (!over) {
+        expect(accounting_closes());
+        asked++;
+    }
+    return NULL;
+}
+
+/* A query may come between two holds of the lock of one conversion, also of one that makes copies
+ * live which were stale. Somebody seems to want the lock all the time, so that it is let go for as
+ * long as it ever is. */
+static void closes_meanwhile(void)
+{
+    struct memory *m = start_private(RAM_MEMFD, 256 * MIB);
+    pthread_t thread;
+
+    defer_up_to(4 * m->bytes);
+    __atomic_fetch_add(&upm.contenders, 1, __ATOMIC_RELAXED);
+    pthread_create(&thread, NULL, ask_all_the_time, NULL);
+    for (unsigned i = 0; i < 20 || asked < 300; i++) {
+        expect(!guest_convert(m, 0, m->bytes, i % 2));
+        vcpu_run();
+    }
+    over = true;
+    pthread_join(thread, NULL);
+    __atomic_fetch_sub(&upm.contenders, 1, __ATOMIC_RELAXED);
+    expect(counter("reused-bytes") >= 19 * m->bytes && !fake.violations);
+}
+
 const struct hazard model_hazards[] = {
-    { "model", model }, { "large", large }, { NULL, NULL },
+    { "model", model }, { "large", large }, { "closes-meanwhile", closes_meanwhile },
+    { NULL, NULL },
 };

@@ -6,6 +6,7 @@
 #include "hazards.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -195,10 +196,55 @@ static void during_the_conversion(void)
     expect(!fake.violations);
 }
 
+/* QEMU takes the slot away and puts it back, as it does for PAM registers, and marks it private. */
+static void *register_again(void *argument)
+{
+    slot_unmap(0);
+    slot_plug(0, argument, 0, MIB, 0);
+    return NULL;
+}
+
+static void registered_meanwhile(bool eager)
+{
+    struct memory *m = begin(eager);
+    pthread_t thread;
+
+    /* A unshares, and the registration makes the same copy live: A's discard is still the last. */
+    expect(!vcpu_convert(a, m, 0, 64, true));
+    pthread_create(&thread, NULL, register_again, m);
+    pthread_join(thread, NULL);
+    expect(!vcpu_discard(a, m, 0, 64, true));
+    expect(allocated(m->shared_fd) == MIB - (eager ? 64 : 0) * PAGE);
+    expect(query("stale-shared") == (eager ? 0 : 64 * PAGE));
+    vcpu_goes_on(a);
+    /* A shares, and the registration makes private live again: A's discard is of no page. */
+    expect(!vcpu_convert(a, m, 128, 64, false));
+    pthread_create(&thread, NULL, register_again, m);
+    pthread_join(thread, NULL);
+    expect(!vcpu_discard(a, m, 128, 64, false));
+    expect(m->private[128 * PAGE] == 0x33 && m->private[192 * PAGE - 1] == 0x33);
+    expect(query("stale-private") == 0);
+    vcpu_goes_on(a);
+    drain();
+    expect(allocated(m->shared_fd) == MIB - 64 * PAGE && !fake.violations);
+}
+
+static void registered_meanwhile_deferred(void)
+{
+    registered_meanwhile(false);
+}
+
+static void registered_meanwhile_eagerly(void)
+{
+    registered_meanwhile(true);
+}
+
 const struct hazard ownership_hazards[] = {
     { "taken-back-deferred", taken_back_deferred }, { "taken-back-eagerly", taken_back_eagerly },
     { "given-back-deferred", given_back_deferred }, { "given-back-eagerly", given_back_eagerly },
     { "there-and-back", there_and_back }, { "same-way", same_way },
     { "during-the-discard", during_the_discard },
-    { "during-the-conversion", during_the_conversion }, { NULL, NULL },
+    { "during-the-conversion", during_the_conversion },
+    { "registered-meanwhile-deferred", registered_meanwhile_deferred },
+    { "registered-meanwhile-eagerly", registered_meanwhile_eagerly }, { NULL, NULL },
 };

@@ -26,6 +26,11 @@ def test_lost_slot(harness: Harness) -> None:
     harness("faults", SANITIZERS, "lost-slot")
 
 
+def test_reset(harness: Harness) -> None:
+    """A reset whose guest_memfd can't be followed: no live page of the next boot is discarded."""
+    harness("faults", SANITIZERS, "reset")
+
+
 def test_no_descriptors(harness: Harness) -> None:
     """Where no folder can be read, as under AppArmor, both copies are deferred and drained."""
     harness("faults", SANITIZERS, "no-descriptors")

@@ -138,6 +138,14 @@ def test_hazard_14_in_turn(hold: Hold) -> None:
     hold("in-turn")
 
 
+def test_hazard_14_wide_among_pages(hold: Hold) -> None:
+    """Hazard 14: conversions of single pages do not pass by one of a large range for ever.
+
+    Counted are the pages that KVM converts while it waits: one more for each vCPU at most.
+    """
+    hold("wide-among-pages")
+
+
 def test_hazard_15_commands_do_not_wait(hold: Hold) -> None:
     """Hazard 15: every command answers while KVM converts and a punch is under way."""
     hold("commands-do-not-wait")
@@ -156,6 +164,11 @@ def test_hazard_16_drain_retries(hold: Hold) -> None:
 def test_hazard_16_half_failed(hold: Hold) -> None:
     """Hazard 16: of QEMU's own long discard only the chunk that failed is kept, if it fits."""
     hold("half-failed")
+
+
+def test_hazard_16_failed_round(hold: Hold) -> None:
+    """Hazard 16: a short lack of memory that meets a whole drain does not reach the guest."""
+    hold("failed-round")
 
 
 def test_hazard_16_failed_conversions(hold: Hold) -> None:
@@ -198,6 +211,11 @@ def test_hazard_26_one_bad_page(hold: Hold) -> None:
     hold("one-bad-page")
 
 
+def test_hazard_26_lowered_in_a_pause(hold: Hold) -> None:
+    """Hazard 26: a smaller budget is kept at once, not after the pause that a bad page causes."""
+    hold("lowered-in-a-pause")
+
+
 def test_hazard_26_no_punch_works(hold: Hold) -> None:
     """Hazard 26: where nothing can be discarded QEMU hears of it; one success heals."""
     hold("no-punch-works")
@@ -206,6 +224,19 @@ def test_hazard_26_no_punch_works(hold: Hold) -> None:
 def test_hazard_27_int_requests(hold: Hold) -> None:
     """Hazard 27: an ioctl's number that is an int, as QEMU 9.1 passes it."""
     hold("int-requests")
+
+
+def test_hazard_29_mirror_of_many_runs(hold: Hold) -> None:
+    """Hazard 29: a reader's copy of the ledger is right after more runs than the record tells of.
+
+    Also where its portions of the record end just before or behind what is missing.
+    """
+    hold("mirror-of-many-runs")
+
+
+def test_hazard_29_mirror_of_resets(hold: Hold) -> None:
+    """Hazard 29: a reader hears that copies went with a reset, or with the RAM's mapping."""
+    hold("mirror-of-resets")
 
 
 def test_hazard_29_one_copy_eager(hold: Hold) -> None:

@@ -34,6 +34,11 @@ def test_reset_of_two(hold: Hold) -> None:
     hold("reset-of-two")
 
 
+def test_no_room_at_reset(hold: Hold) -> None:
+    """Hazards 23 and 31: RAM that can't be followed after a reset loses no live page."""
+    hold("no-room-at-reset")
+
+
 def test_reset_during_a_discard(hold: Hold) -> None:
     """Hazard 31: QEMU's reset waits for the discard that is under way, and no other comes."""
     hold("reset-during-a-discard")

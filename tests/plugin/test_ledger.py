@@ -16,6 +16,11 @@ def test_large(hold: Hold) -> None:
     hold("large")
 
 
+def test_closes_meanwhile(hold: Hold) -> None:
+    """What was deferred is accounted for at any time, also amid a conversion of 256 MiB."""
+    hold("closes-meanwhile")
+
+
 def test_requests(hold: Hold) -> None:
     """Every range of a request is done, in each copy; the queue has an end."""
     hold("requests")

@@ -44,3 +44,13 @@ def test_during_the_discard(hold: Hold) -> None:
 def test_during_the_conversion(hold: Hold) -> None:
     """QEMU's late discard keeps off what KVM is converting back, which may fail."""
     hold("during-the-conversion")
+
+
+def test_registered_meanwhile_deferred(hold: Hold) -> None:
+    """QEMU registers the slot anew before the discard came, deferring: it is still owned."""
+    hold("registered-meanwhile-deferred")
+
+
+def test_registered_meanwhile_eagerly(hold: Hold) -> None:
+    """QEMU registers the slot anew before the discard came, eagerly: the memory goes."""
+    hold("registered-meanwhile-eagerly")
