@@ -13,7 +13,8 @@
 #include <string.h>
 
 struct upm upm = {
-    .lock = PTHREAD_MUTEX_INITIALIZER,
+    /* Holds are short: a thread that spins a little need not sleep. */
+    .lock = PTHREAD_ADAPTIVE_MUTEX_INITIALIZER_NP,
     .settled = PTHREAD_COND_INITIALIZER,
     .vm_fd = -1,
     .vm_kind = -1,
