@@ -32,6 +32,7 @@ static void *more(void *old, uint64_t old_bytes, uint64_t bytes)
     if (p == MAP_FAILED) {
         return NULL;
     }
+    libc.madvise(p, bytes, MADV_NOHUGEPAGE); /* it is first touched with the lock held */
     if (old) {
         libc.munmap(old, old_bytes);
     }
