@@ -190,22 +190,43 @@ static void ended_threads(void)
     expect(!fake.violations && m->shared[0] == 0x5a && allocated(m->shared_fd) == 4 * MIB);
 }
 
-/* Bytes of this process's mappings, touched or not. */
-static uint64_t mapped(void)
-{
-    unsigned long long pages;
-    FILE *f = fopen("/proc/self/statm", "r");
-
-    expect(f && fscanf(f, "%llu", &pages) == 1);
-    fclose(f);
-    return pages * PAGE;
-}
-
 static void *convert_a_page(void *unused)
 {
     (void)unused;
     expect(!convert_only(0, PAGE, true));
     return NULL;
+}
+
+static void convert_late(void *unused)
+{
+    convert_a_page(unused);
+}
+
+static void *convert_with_key(void *key)
+{
+    pthread_setspecific(*(pthread_key_t *)key, key);
+    return convert_a_page(NULL);
+}
+
+/* 22: a thread that ends converts once more, when our own memory of it has gone. */
+static void converts_at_its_end(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+    pthread_key_t key;
+    struct vcpu *v = vcpu_new();
+
+    defer_up_to(MIB);
+    expect(!vcpu_convert(v, m, 0, 8, true));   /* our key is older: it is looked at first */
+    vcpu_goes_on(v);
+    expect(!pthread_key_create(&key, convert_late));
+    for (unsigned i = 1; i <= 3; i++) {
+        uint64_t before = query("left-alone-bytes");
+        pthread_t thread;
+
+        pthread_create(&thread, NULL, convert_with_key, &key);
+        pthread_join(thread, NULL);
+        expect(query("left-alone-bytes") == before + 2 * PAGE);
+    }
 }
 
 /* 11, of the plugin's own memory: what it takes for a thread goes with the thread, what it takes for a
@@ -355,6 +376,7 @@ const struct hazard conversion_hazards[] = {
     { "vcpus-do-not-wait", vcpus_do_not_wait }, { "in-turn", in_turn },
     { "leftover", leftover },
     { "ended-threads", ended_threads },
+    { "converts-at-its-end", converts_at_its_end },
     { "threads-and-memory", threads_and_memory }, { "spans-regions", spans_regions },
     { "forty-regions", forty_regions }, { "not-ram", not_ram },
     { "failed-conversions", failed_conversions }, { NULL, NULL },
