@@ -153,7 +153,7 @@ int main(int argc, char **argv)
     static const struct hazard *const all[] = {
         closing_hazards, command_hazards, conversion_hazards, discard_hazards, failure_hazards,
         launch_hazards, model_hazards, ownership_hazards, reader_hazards, region_hazards,
-        turn_hazards,
+        thread_hazards, turn_hazards,
     };
 
     for (unsigned i = 0; i < sizeof(all) / sizeof(*all); i++) {

@@ -31,8 +31,8 @@ struct hazard {
 
 /* Each ends with one that has no name. */
 extern const struct hazard closing_hazards[], command_hazards[], conversion_hazards[],
-    discard_hazards[], failure_hazards[], launch_hazards[], model_hazards[], ownership_hazards[], reader_hazards[],
-    region_hazards[], turn_hazards[];
+    discard_hazards[], failure_hazards[], launch_hazards[], model_hazards[], ownership_hazards[],
+    reader_hazards[], region_hazards[], thread_hazards[], turn_hazards[];
 
 /* A VM that runs, with one block of RAM at guest address 0, all of it private or all shared. */
 struct memory *start_private(enum kind kind, uint64_t bytes);

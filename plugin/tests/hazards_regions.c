@@ -44,19 +44,20 @@ static void in_place_later(void)
         uint64_t error_offset, reserved[11];
     } second = { .range = { .size = PAGE } };
     struct memory *m = start(RAM_MEMFD, MIB);
-    struct vcpu *v = vcpu_new();
+    struct vcpu *v = vcpu_new(), *back = vcpu_new();
 
     defer_up_to(2 * MIB);
     fill_shared(m, 0, MIB);
     expect(!guest_convert(m, 0, MIB / 2, true));
     expect(stale() == MIB / 2);
-    expect(!vcpu_convert(v, m, 128, 8, true));
+    expect(!vcpu_convert(v, m, 128, 8, true) && !vcpu_convert(back, m, 64, 8, false));
     expect(!ioctl(m->private_fd, _IOWR(UPM_KVMIO, 0xd2, second), &second));
     expect(!stale() && query("failsafe-bytes-shared") == 0);
-    expect(query("forgotten-bytes-shared") == MIB / 2);
+    expect(query("forgotten-bytes-shared") == MIB / 2 - 8 * PAGE);
     expect(query_says("\"conversion\": \"in-place\""));
     /* What came before the finding is QEMU's own affair, and what comes after it too. */
     expect(!vcpu_discard(v, m, 128, 8, true) && m->shared[128 * PAGE] == 0 && !stale());
+    expect(!vcpu_discard(back, m, 64, 8, false) && !stale());
     expect(!guest_convert(m, 0, PAGE, false) && !stale());
     fake.punches = 0;
     drain();

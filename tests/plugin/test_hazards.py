@@ -103,6 +103,11 @@ def test_hazard_11_threads_and_memory(hold: Hold) -> None:
     hold("threads-and-memory")
 
 
+def test_hazard_11_threads_and_regions(hold: Hold) -> None:
+    """Hazard 11: so does what a thread takes for conversions over many regions."""
+    hold("threads-and-regions")
+
+
 def test_hazard_12_notifications_pass(hold: Hold) -> None:
     """Hazard 12: DMA is unmapped before any discard of the copy, and ends nothing."""
     hold("notifications-pass")
