@@ -1,9 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Hazards of threads that end, and of what the plugin keeps for a thread. */
+/* Hazards of threads: QEMU's, which end, and the plugin's own. */
 #include "hazards.h"
 
+#include <dirent.h>
 #include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 /* 22, where the thread ends before QEMU asks */
 static void ended_threads(void)
@@ -132,8 +138,81 @@ static void threads_and_regions(void)
     expect(SANITIZED || mapped() < before + MIB);
 }
 
+/* The signals that a thread of this process blocks, by its name; 0 if there is none of that name. */
+static unsigned long long blocked_by(const char *name)
+{
+    unsigned long long blocked = 0;
+    DIR *tasks = opendir("/proc/self/task");
+
+    for (struct dirent *task; (task = readdir(tasks));) {
+        char path[300], line[256], found[256] = "";
+        unsigned long long mask;
+        FILE *f;
+
+        snprintf(path, sizeof(path), "/proc/self/task/%s/status", task->d_name);
+        f = fopen(path, "r");
+        while (f && fgets(line, sizeof(line), f)) {
+            if (sscanf(line, "Name: %255s", found) != 1 && sscanf(line, "SigBlk: %llx", &mask) == 1
+                && !strcmp(found, name)) {
+                blocked = mask;
+            }
+        }
+        if (f) {
+            fclose(f);
+        }
+    }
+    closedir(tasks);
+    return blocked;
+}
+
+/* QEMU's signals are for QEMU's threads, and its threads block no more of them than before. */
+static void signals(void)
+{
+    const unsigned long long every = 1ull << (SIGUSR1 - 1) | 1ull << (SIGTERM - 1)
+                                     | 1ull << (SIGALRM - 1) | 1ull << (SIGIO - 1);
+    sigset_t mine;
+
+    fake_start();
+    expect((blocked_by("qmp-upm") & every) == every);
+    expect(!pthread_sigmask(SIG_SETMASK, NULL, &mine) && !sigismember(&mine, SIGTERM));
+}
+
+static uint64_t cpu_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+static bool bell_rang(void)
+{
+    return fake.events;
+}
+
+/* The plugin's thread takes no CPU time while it waits for what is due in a minute: the end of the
+ * lease, and the next bell. */
+static void sleeps(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+    uint64_t before;
+
+    configure("{\"private\": \"defer\", \"shared\": \"defer\", \"budget\": 1048576, "
+              "\"lease-ms\": 60000, \"notify-ms\": 60000}");
+    for (uint64_t page = 0; page < 2; page++) {
+        expect(!guest_convert(m, page * PAGE, PAGE, true));
+        vcpu_run();
+        wait_for(bell_rang, "the first bell");
+        free(must("x-upm-read", "{\"cursor\": 0, \"max\": 10}"));
+    }
+    usleep(A_WHILE_US);
+    before = cpu_ns();
+    usleep(10 * A_WHILE_US);
+    expect(cpu_ns() < before + 50000000 && fake.events == 1 && stale() == 2 * PAGE);
+}
+
 const struct hazard thread_hazards[] = {
     { "ended-threads", ended_threads }, { "converts-at-its-end", converts_at_its_end },
     { "threads-and-memory", threads_and_memory }, { "threads-and-regions", threads_and_regions },
-    { NULL, NULL },
+    { "signals", signals }, { "sleeps", sleeps }, { NULL, NULL },
 };

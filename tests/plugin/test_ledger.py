@@ -51,6 +51,16 @@ def test_bells(hold: Hold) -> None:
     hold("bells")
 
 
+def test_signals(hold: Hold) -> None:
+    """The plugin's thread takes none of QEMU's signals."""
+    hold("signals")
+
+
+def test_sleeps(hold: Hold) -> None:
+    """The plugin's thread takes no CPU time while nothing is due."""
+    hold("sleeps")
+
+
 def test_duplicate(hold: Hold) -> None:
     """The RAM's descriptor has a duplicate with a lower number, which is closed."""
     hold("duplicate")
