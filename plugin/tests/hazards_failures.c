@@ -273,6 +273,26 @@ static void lowered_in_a_pause(void)
     expect(!fake.violations);
 }
 
+/* A request of one copy ends with it, and does not look into the region behind, whose own discards
+ * have failed. */
+static void one_copy_asked_for(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB), *second = plug(1, RAM_MEMFD, 4 * MIB, MIB);
+
+    bad_error = EIO;
+    bad_fd = second->private_fd;
+    bad_offset = 0;
+    fake.refuse_punch = refuse_one;
+    configure("{\"private\": \"eager\", \"shared\": \"defer\", \"budget\": 1048576}");
+    expect(!guest_convert(m, 0, PAGE, true));
+    expect(!guest_convert(second, 0, PAGE, true) && !guest_convert(second, 0, PAGE, false));
+    discard_and_wait("private", 0, MIB);
+    expect(strstr(fake.discarded, "\"discarded\": 0, \"skipped\": 1048576, \"error\": null"));
+    expect(stale() == 2 * PAGE && !fake.violations);
+    fake.refuse_punch = NULL;
+    drain();
+}
+
 enum { STALE_PAGES = 16 };
 
 static _Atomic unsigned refused_to_worker;
@@ -353,5 +373,6 @@ const struct hazard failure_hazards[] = {
     { "one-bad-page", one_bad_page }, { "no-punch-works", no_punch_works },
     { "half-failed", half_failed }, { "lowered-in-a-pause", lowered_in_a_pause },
     { "failed-round", failed_round }, { "lease-in-a-pause", lease_in_a_pause },
+    { "one-copy-asked-for", one_copy_asked_for },
     { NULL, NULL },
 };

@@ -26,6 +26,11 @@ def test_requests(hold: Hold) -> None:
     hold("requests")
 
 
+def test_one_copy_asked_for(hold: Hold) -> None:
+    """A request of one copy ends with it, though the next region's discards have failed."""
+    hold("one-copy-asked-for")
+
+
 def test_records(hold: Hold) -> None:
     """A conversion is recorded once, also if it is read before QEMU asks for the discard."""
     hold("records")
