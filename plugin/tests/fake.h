@@ -48,6 +48,7 @@ struct fake {
     struct fault punch, attributes;   /* set by fail_next() */
     _Atomic unsigned violations, punches, events, said;
     uint64_t longest_punch;
+    _Atomic uint64_t not_huge;        /* bytes that are to be in no huge pages */
     char last_said[512];
     _Atomic long long discarded_id;   /* of the last X_UPM_DISCARDED, and what it said */
     char discarded[512];

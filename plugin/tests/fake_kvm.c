@@ -202,6 +202,7 @@ static int fake_madvise(void *start, size_t bytes, int advice)
     int result;
 
     if (!memory_of(-1, start, &m)) {
+        fake.not_huge += advice == MADV_NOHUGEPAGE ? bytes : 0;
         return real.madvise(start, bytes, advice);
     }
     if (refused(-1, (char *)start - m.shared, bytes)) {

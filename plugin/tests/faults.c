@@ -37,6 +37,7 @@ void *__real_mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset)
 FILE *__real_fopen(const char *name, const char *mode);
 void *__real_dlsym(void *handle, const char *name);
 int __real_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *), void *arg);
+int __real_pthread_key_create(pthread_key_t *key, void (*at_exit)(void *));
 void *__wrap_malloc(size_t n);
 void *__wrap_calloc(size_t n, size_t m);
 void *__wrap_realloc(void *p, size_t n);
@@ -45,6 +46,7 @@ FILE *__wrap_fopen(const char *name, const char *mode);
 DIR *__wrap_opendir(const char *name);
 void *__wrap_dlsym(void *handle, const char *name);
 int __wrap_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *), void *arg);
+int __wrap_pthread_key_create(pthread_key_t *key, void (*at_exit)(void *));
 
 void *__wrap_malloc(size_t n)
 {
@@ -89,6 +91,11 @@ void *__wrap_dlsym(void *handle, const char *name)
 int __wrap_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *), void *arg)
 {
     return fails(EAGAIN) ? EAGAIN : __real_pthread_create(t, a, fn, arg);
+}
+
+int __wrap_pthread_key_create(pthread_key_t *key, void (*at_exit)(void *))
+{
+    return fails(EAGAIN) ? EAGAIN : __real_pthread_key_create(key, at_exit);
 }
 
 static void defer(void)
@@ -331,6 +338,23 @@ static void no_fallocate(void)
     expect(!libc.fallocate && libc.close && !close(dup(0)));
 }
 
+/* No key is left for a thread's end: its conversions can't be followed, since what they leave would
+ * outlive it. */
+static void no_key(void)
+{
+    struct memory *m;
+
+    fake_start();
+    m = memory_new(RAM_MEMFD, 0, MIB);
+    slot_map(0, m, 0, MIB, 0);
+    vcpu_run();
+    defer();
+    left = 0;
+    expect(!convert_only(0, MIB, true) && left < 0);
+    expect(query_says("\"state\": \"lost\""));
+    expect(!qemu_discard(m, 0, MIB, true) && !stale() && fake.punches);
+}
+
 static void worker(void)
 {
     struct memory *m;
@@ -348,7 +372,7 @@ int main(int argc, char **argv)
     static const struct { const char *name; void (*run)(void); } cases[] = {
         { "commands", commands }, { "regions", regions }, { "conversions", conversions },
         { "lost-slot", lost_slot }, { "reset", reset }, { "no-descriptors", no_descriptors },
-        { "no-fallocate", no_fallocate }, { "worker", worker },
+        { "no-fallocate", no_fallocate }, { "no-key", no_key }, { "worker", worker },
     };
 
     for (unsigned i = 0; argc == 2 && i < sizeof(cases) / sizeof(*cases); i++) {

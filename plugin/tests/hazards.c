@@ -109,6 +109,16 @@ bool resident(const char *start)
     return in & 1;
 }
 
+uint64_t mapped(void)
+{
+    unsigned long long pages;
+    FILE *f = fopen("/proc/self/statm", "r");
+
+    expect(f && fscanf(f, "%llu", &pages) == 1);
+    fclose(f);
+    return pages * PAGE;
+}
+
 bool discarded(void)
 {
     return fake.discarded_id == 7;
@@ -141,9 +151,9 @@ bool ledger_is_empty(void)
 int main(int argc, char **argv)
 {
     static const struct hazard *const all[] = {
-        command_hazards, conversion_hazards, discard_hazards, failure_hazards,
+        closing_hazards, command_hazards, conversion_hazards, discard_hazards, failure_hazards,
         launch_hazards, model_hazards, ownership_hazards, reader_hazards, region_hazards,
-        turn_hazards,
+        thread_hazards, turn_hazards,
     };
 
     for (unsigned i = 0; i < sizeof(all) / sizeof(*all); i++) {

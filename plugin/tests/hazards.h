@@ -30,9 +30,9 @@ struct hazard {
 };
 
 /* Each ends with one that has no name. */
-extern const struct hazard command_hazards[], conversion_hazards[], discard_hazards[],
-    failure_hazards[], launch_hazards[], model_hazards[], ownership_hazards[], reader_hazards[],
-    region_hazards[], turn_hazards[];
+extern const struct hazard closing_hazards[], command_hazards[], conversion_hazards[],
+    discard_hazards[], failure_hazards[], launch_hazards[], model_hazards[], ownership_hazards[],
+    reader_hazards[], region_hazards[], thread_hazards[], turn_hazards[];
 
 /* A VM that runs, with one block of RAM at guest address 0, all of it private or all shared. */
 struct memory *start_private(enum kind kind, uint64_t bytes);
@@ -46,6 +46,8 @@ void fill_shared(const struct memory *m, uint64_t offset, uint64_t bytes);
 uint64_t allocated(int fd);
 /* Whether the first page of a mapping is in memory. */
 bool resident(const char *start);
+/* Bytes of this process's mappings, touched or not. */
+uint64_t mapped(void);
 
 /* Asks for a discard under the number 7, and waits until X_UPM_DISCARDED says that it is over. */
 void ask_discard(const char *copy, uint64_t offset, uint64_t bytes);

@@ -9,8 +9,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#define RING_RECORDS 16384
-
 /* 11 */
 static void budget(void)
 {
@@ -175,7 +173,6 @@ static void requests(void)
     expect(!fake.violations && allocated(second->shared_fd) == 0);
 }
 
-
 /* 24: while the ledger is drained, requests and bells are served */
 static void served_meanwhile(void)
 {
@@ -203,72 +200,6 @@ static void served_meanwhile(void)
     expect(fake.events >= 2 && !fake.violations);
 }
 
-/* Conversions that no reader has taken are counted when newer ones take their place. */
-static void overrun(void)
-{
-    const unsigned more = 100;
-    const struct memory *m = start(RAM_MEMFD, 4 * MIB);
-    char *reply;
-
-    expect(m->bytes == 4 * MIB);
-    defer_up_to(MIB);
-    for (unsigned i = 0; i < RING_RECORDS + more; i++) {
-        expect(!convert_only(i % 2 * 64 * PAGE, PAGE, i / 2 % 2 == 0));
-        if (i == RING_RECORDS - 1) {
-            vcpu_run();
-            expect(query("head") == RING_RECORDS && query("oldest") == 0 && !query("dropped"));
-        }
-    }
-    vcpu_run();
-    expect(query("head") == RING_RECORDS + more && query("oldest") == more);
-    expect(query("dropped") == more);
-    reply = must("x-upm-read", "{\"cursor\": 10, \"max\": 2}");
-    expect(strstr(reply, "\"cursor\": 102, \"dropped\": 90, \"records\": [[1, "));
-    free(reply);
-    /* What has been read is not lost. */
-    free(must("x-upm-read", "{\"cursor\": %u, \"max\": %u}", more, RING_RECORDS));
-    for (unsigned i = 0; i < 50; i++) {
-        expect(!convert_only(i % 2 * 64 * PAGE, PAGE, i / 2 % 2 == 0));
-    }
-    vcpu_run();
-    expect(query("dropped") == more && query("oldest") == more + 50);
-}
-
-/* One record of each conversion, whenever it is read; what becomes stale later is told later. */
-static void records(void)
-{
-    struct memory *m = start(RAM_MEMFD, MIB);
-    char *reply;
-
-    defer_up_to(MIB);
-    expect(!guest_convert(m, 0, 2 * PAGE, true) && !guest_convert(m, 2 * PAGE, 2 * PAGE, true));
-    reply = must("x-upm-read", "{\"cursor\": 0, \"max\": 100}");
-    expect(strstr(reply, "\"records\": [[1, 0, 16384, 1, 1, ") && strstr(reply, ", 2]]"));
-    free(reply);
-    /* Read while QEMU takes long to ask. */
-    expect(!convert_only(8 * PAGE, 2 * PAGE, true));
-    while (query("head") < 2) {
-        usleep(1000);
-    }
-    reply = must("x-upm-read", "{\"cursor\": 1, \"max\": 100}");
-    expect(strstr(reply, "\"records\": [[1, 32768, 8192, 1, 0, ") && strstr(reply, ", 1]]"));
-    free(reply);
-    expect(!qemu_discard(m, 8 * PAGE, 2 * PAGE, true));
-    reply = must("x-upm-read", "{\"cursor\": 2, \"max\": 100}");
-    expect(strstr(reply, "\"records\": [[1, 32768, 8192, 1, 1, ") && strstr(reply, ", 0]]"));
-    free(reply);
-    /* Never asked for, and over the budget: not deferred. */
-    expect(!convert_only(16 * PAGE, PAGE, true));
-    vcpu_run();
-    configure("{\"budget\": 24576}");
-    expect(!guest_convert(m, 32 * PAGE, 4 * PAGE, true));
-    reply = must("x-upm-read", "{\"cursor\": 3, \"max\": 100}");
-    expect(strstr(reply, "[1, 65536, 4096, 1, 0, ") && strstr(reply, "[1, 131072, 16384, 1, 0, "));
-    expect(strstr(reply, "\"cursor\": 5, "));
-    free(reply);
-    expect(counter("conversions-to") == 5);
-}
-
 /* A conversion is on record before the one that takes its pages over, though its discard comes later:
  * who reads them in order knows what is live. */
 static void records_in_order(void)
@@ -288,35 +219,6 @@ static void records_in_order(void)
     expect(strstr(reply, "\"records\": [[1, 0, 8192, 1, 0, ") && back);
     expect(strstr(back, "[1, 4096, 4096, 1, 1, "));   /* kept later, and told later */
     free(reply);
-}
-
-/* A conversion over more runs of stale pages than are worth a record each: a reader is told that it
- * has missed something, whether it comes before or after. */
-static void many_runs(void)
-{
-    struct memory *m = start_private(RAM_MEMFD, 8 * MIB);
-    uint64_t head, missed;
-    char *reply;
-
-    defer_up_to(16 * MIB);
-    for (unsigned runs = 512; runs <= 513; runs++) {
-        expect(!guest_convert(m, 0, 8 * MIB, false) && !guest_convert(m, 0, 8 * MIB, true));
-        discard_and_wait("both", 0, 8 * MIB);
-        for (uint64_t i = 0; i < runs; i++) {
-            expect(!guest_convert(m, 2 * i * PAGE, PAGE, false));
-            expect(!guest_convert(m, 2 * i * PAGE, PAGE, true));
-        }
-        expect(query("stale-shared") == runs * PAGE);
-        head = query("head");
-        missed = query("dropped");
-        free(must("x-upm-read", "{\"cursor\": %llu, \"max\": 1}", (unsigned long long)head));
-        expect(!guest_convert(m, 0, 8 * MIB, true));
-        reply = must("x-upm-read", "{\"cursor\": %llu, \"max\": 2000}", (unsigned long long)head);
-        expect(!strstr(reply, "\"dropped\": 0") == (runs > 512));
-        expect((query("dropped") > missed) == (runs > 512));
-        free(reply);
-    }
-    expect(!fake.violations);
 }
 
 static bool lease_is_over(void)
@@ -408,8 +310,7 @@ const struct hazard command_hazards[] = {
     { "budget", budget }, { "many-vcpus", many_vcpus },
     { "one-copy-eager", one_copy_eager },
     { "commands-do-not-wait", commands_do_not_wait }, { "requests", requests },
-    { "served-meanwhile", served_meanwhile }, { "overrun", overrun }, { "records", records },
-    { "records-in-order", records_in_order }, { "many-runs", many_runs },
+    { "served-meanwhile", served_meanwhile }, { "records-in-order", records_in_order },
     { "lease-runs-out", lease_runs_out }, { "bells", bells }, { "unterminated", unterminated },
     { NULL, NULL },
 };

@@ -3,8 +3,6 @@
 #include "hazards.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -163,84 +161,6 @@ static void leftover(void)
     expect(!fake.violations && !stale());
 }
 
-/* 22, where the thread ends before QEMU asks */
-static void ended_threads(void)
-{
-    static const char *const modes[] = { "eager", "defer" };
-    struct memory *m = start(RAM_MEMFD, 4 * MIB);
-
-    fill_shared(m, 0, 4 * MIB);
-    for (unsigned i = 0; i < 2; i++) {
-        free(must("x-upm-configure", "{\"shared\": \"%s\", \"private\": \"%s\", "
-                  "\"budget\": 4194304}", modes[i], modes[i]));
-        for (unsigned n = 0; n < 8; n++) {
-            struct vcpu *v = vcpu_new();
-
-            expect(!vcpu_convert(v, m, n * 4, 4, true));
-            vcpu_end(v);
-        }
-        expect(query("left-alone-bytes") == (i + 1) * 32 * PAGE);
-        /* What the threads have left is no hindrance, and nobody's to discard. */
-        expect(!guest_convert(m, 0, MIB, false));
-        vcpu_run();
-        ask_discard_of_all();
-        wait_for(discarded, "X_UPM_DISCARDED");
-        drain();
-    }
-    expect(!fake.violations && m->shared[0] == 0x5a && allocated(m->shared_fd) == 4 * MIB);
-}
-
-/* Bytes of this process's mappings, touched or not. */
-static uint64_t mapped(void)
-{
-    unsigned long long pages;
-    FILE *f = fopen("/proc/self/statm", "r");
-
-    expect(f && fscanf(f, "%llu", &pages) == 1);
-    fclose(f);
-    return pages * PAGE;
-}
-
-static void *convert_a_page(void *unused)
-{
-    (void)unused;
-    expect(!convert_only(0, PAGE, true));
-    return NULL;
-}
-
-/* 11, of the plugin's own memory: what it takes for a thread goes with the thread, what it takes for a
- * very large conversion with that, and what it takes for RAM with the RAM. */
-static void threads_and_memory(void)
-{
-    const uint64_t far = 1ull << 40, large = 16ull << 30;
-    struct memory *m = start(RAM_MEMFD, MIB);
-    uint64_t before = 0;
-    pthread_t thread;
-
-    for (int i = 0; i < 1500; i++) {
-        expect(!pthread_create(&thread, NULL, convert_a_page, NULL));
-        pthread_join(thread, NULL);
-        before = i == 100 ? mapped() : before;
-    }
-    expect(SANITIZED || mapped() < before + 4 * MIB);
-    m = memory_new(RAM_MEMFD, far, large);
-    slot_plug(1, m, 0, large, far);
-    for (int i = 0; i < 20; i++) {
-        expect(!convert_only(far, 2ull << 30, false));
-        expect(!convert_only(far, large, false));
-        vcpu_run();
-        before = i == 2 ? mapped() : before;
-    }
-    expect(SANITIZED || mapped() < before + 4 * MIB);
-    for (int i = 0; i < 20; i++) {
-        slot_unmap(1);
-        memory_free(m);
-        m = memory_new(RAM_MEMFD, far, large);
-        slot_plug(1, m, 0, large, far);
-    }
-    expect(SANITIZED || mapped() < before + 4 * MIB);
-}
-
 /* 8 */
 static void spans_regions(void)
 {
@@ -353,9 +273,7 @@ static void failed_conversions(void)
 const struct hazard conversion_hazards[] = {
     { "flipped-back", flipped_back }, { "shielded", shielded },
     { "vcpus-do-not-wait", vcpus_do_not_wait }, { "in-turn", in_turn },
-    { "leftover", leftover },
-    { "ended-threads", ended_threads },
-    { "threads-and-memory", threads_and_memory }, { "spans-regions", spans_regions },
+    { "leftover", leftover }, { "spans-regions", spans_regions },
     { "forty-regions", forty_regions }, { "not-ram", not_ram },
     { "failed-conversions", failed_conversions }, { NULL, NULL },
 };

@@ -83,6 +83,15 @@ static void drain_retries(void)
         expect(query("failed-discards") == 3 * round && fake.said == 1);
         expect(!guest_convert(m, 0, PAGE, false) && !fake.violations);
     }
+    /* Nobody sets anything in between: a try that works ends what was said before. */
+    for (unsigned round = 1; round <= 2; round++) {
+        fake.said = 0;
+        fail_next(&fake.punch, EIO, 0, 3);   /* QEMU's own, and two of the drain's */
+        expect(!guest_convert(m, 0, PAGE, true));
+        wait_for(said_something, "a word about it");
+        wait_for(ledger_is_empty, "the third try");
+        expect(fake.said == 1 && !guest_convert(m, 0, PAGE, false));
+    }
 }
 
 static _Atomic uint64_t bad_offset;
@@ -264,6 +273,26 @@ static void lowered_in_a_pause(void)
     expect(!fake.violations);
 }
 
+/* A request of one copy ends with it, and does not look into the region behind, whose own discards
+ * have failed. */
+static void one_copy_asked_for(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB), *second = plug(1, RAM_MEMFD, 4 * MIB, MIB);
+
+    bad_error = EIO;
+    bad_fd = second->private_fd;
+    bad_offset = 0;
+    fake.refuse_punch = refuse_one;
+    configure("{\"private\": \"eager\", \"shared\": \"defer\", \"budget\": 1048576}");
+    expect(!guest_convert(m, 0, PAGE, true));
+    expect(!guest_convert(second, 0, PAGE, true) && !guest_convert(second, 0, PAGE, false));
+    discard_and_wait("private", 0, MIB);
+    expect(strstr(fake.discarded, "\"discarded\": 0, \"skipped\": 1048576, \"error\": null"));
+    expect(stale() == 2 * PAGE && !fake.violations);
+    fake.refuse_punch = NULL;
+    drain();
+}
+
 enum { STALE_PAGES = 16 };
 
 static _Atomic unsigned refused_to_worker;
@@ -304,9 +333,46 @@ static void failed_round(void)
     expect(query("failsafe-bytes-shared") == (STALE_PAGES + 1) * PAGE && !fake.violations);
 }
 
+static bool said_while_leased(void)
+{
+    return !query("lease-expiries") && fake.said;   /* each look renews the lease */
+}
+
+static bool said_again(void)
+{
+    return fake.said == 2;
+}
+
+/* 19 and 26: a lease runs out in the pause after a page that can't be punched. What is to go now
+ * does not wait: a new drain begins, and says so anew where it fails. */
+static void lease_in_a_pause(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+
+    fill_shared(m, 0, MIB);
+    bad_error = EIO;
+    bad_fd = m->private_fd;
+    bad_offset = 0;
+    fake.refuse_punch = refuse_one;
+    configure("{\"private\": \"eager\", \"shared\": \"defer\", \"budget\": 1048576, "
+              "\"lease-ms\": 1000, \"on-lease-expiry\": \"eager\"}");
+    expect(!guest_convert(m, 0, 16 * PAGE, true) && !guest_convert(m, 0, PAGE, false));
+    expect(query("stale-private") == PAGE && query("stale-shared") == 15 * PAGE);
+    wait_for(said_while_leased, "the first pause");
+    expect(fake.said == 1);
+    wait_for(said_again, "the lease to run out");
+    wait_for(only_the_bad_one, "the drain");
+    expect(query("lease-expiries") == 1);
+    fake.refuse_punch = NULL;
+    drain();
+    expect(!fake.violations);
+}
+
 const struct hazard failure_hazards[] = {
     { "failed-discards", failed_discards }, { "drain-retries", drain_retries },
     { "one-bad-page", one_bad_page }, { "no-punch-works", no_punch_works },
     { "half-failed", half_failed }, { "lowered-in-a-pause", lowered_in_a_pause },
-    { "failed-round", failed_round }, { NULL, NULL },
+    { "failed-round", failed_round }, { "lease-in-a-pause", lease_in_a_pause },
+    { "one-copy-asked-for", one_copy_asked_for },
+    { NULL, NULL },
 };

@@ -44,19 +44,20 @@ static void in_place_later(void)
         uint64_t error_offset, reserved[11];
     } second = { .range = { .size = PAGE } };
     struct memory *m = start(RAM_MEMFD, MIB);
-    struct vcpu *v = vcpu_new();
+    struct vcpu *v = vcpu_new(), *back = vcpu_new();
 
     defer_up_to(2 * MIB);
     fill_shared(m, 0, MIB);
     expect(!guest_convert(m, 0, MIB / 2, true));
     expect(stale() == MIB / 2);
-    expect(!vcpu_convert(v, m, 128, 8, true));
+    expect(!vcpu_convert(v, m, 128, 8, true) && !vcpu_convert(back, m, 64, 8, false));
     expect(!ioctl(m->private_fd, _IOWR(UPM_KVMIO, 0xd2, second), &second));
     expect(!stale() && query("failsafe-bytes-shared") == 0);
-    expect(query("forgotten-bytes-shared") == MIB / 2);
+    expect(query("forgotten-bytes-shared") == MIB / 2 - 8 * PAGE);
     expect(query_says("\"conversion\": \"in-place\""));
     /* What came before the finding is QEMU's own affair, and what comes after it too. */
     expect(!vcpu_discard(v, m, 128, 8, true) && m->shared[128 * PAGE] == 0 && !stale());
+    expect(!vcpu_discard(back, m, 64, 8, false) && !stale());
     expect(!guest_convert(m, 0, PAGE, false) && !stale());
     fake.punches = 0;
     drain();
@@ -190,6 +191,7 @@ static void closed_while_pending(void)
     struct memory *m = start(RAM_MEMFD, MIB), *gone, *next;
     struct vcpu *v = vcpu_new();
     int private_fd, shared_fd;
+    uint64_t head;
 
     expect(m->bytes == MIB);
     defer_up_to(8 * MIB);
@@ -200,8 +202,10 @@ static void closed_while_pending(void)
         expect(!convert_only(4 * MIB, MIB, !to_private));
         vcpu_run();
         expect(!vcpu_convert(v, gone, 0, 8, to_private));
+        head = query("head");
         slot_unmap(1);
         memory_free(gone);
+        expect(query("head") == head + 1);   /* it is on record */
         next = plug(1, RAM_MEMFD, 4 * MIB, MIB);
         expect(next->private_fd == private_fd && next->shared_fd == shared_fd);
         expect(!convert_only(4 * MIB, MIB, to_private));
@@ -243,11 +247,13 @@ static void half_closed(void)
     munmap(m->shared, MIB);
     /* The record can't tell what has gone: its reader is told to read the ledger. */
     expect(query("dropped") > missed);
+    expect(query_says("\"backing\": \"unknown\""));
     expect(query("stale-shared") == 0 && query("forgotten-bytes-shared") == 8 * PAGE);
     expect(allocated(m->shared_fd) == MIB - 8 * PAGE);
     vcpu_discard(v, m, 32, 8, true);   /* QEMU's own: its madvise() finds no mapping */
     expect(!stale() && allocated(m->shared_fd) == MIB - 16 * PAGE);
     vcpu_goes_on(v);
+    expect(!query("left-alone-bytes"));
     /* The private side is still followed. */
     expect(!convert_only(0, 4 * PAGE, false));
     expect(!fallocate64(m->private_fd, PUNCH, 0, 4 * PAGE) && query("stale-private") == 4 * PAGE);
@@ -312,8 +318,9 @@ static void duplicate(void)
 static void too_many(void)
 {
     enum { ROOM = 512 };
-    struct upm_kvm_create_guest_memfd create = { .size = PAGE };
+    struct upm_kvm_create_guest_memfd create = { .size = PAGE }, large = { .size = 16ull << 30 };
     int fd[ROOM + 1];
+    uint64_t before;
 
     fake_start();
     for (int i = 0; i < ROOM; i++) {
@@ -326,6 +333,12 @@ static void too_many(void)
     close(fd[100]);
     expect(ioctl(fake.vm_fd, UPM_KVM_CREATE_GUEST_MEMFD, &create) == fd[100] && fake.said == 1);
     expect(!query_says("\"id\": 101,") && query_says("\"id\": 513,"));
+    /* The plugin keeps no memory for those. */
+    before = mapped();
+    for (int i = 0; i < 20; i++) {
+        expect(ioctl(fake.vm_fd, UPM_KVM_CREATE_GUEST_MEMFD, &large) >= 0);
+    }
+    expect(fake.said == 21 && (SANITIZED || mapped() < before + 4 * MIB));
 }
 
 static int ending;

@@ -14,6 +14,7 @@ LIBRARIES = ("-lpthread", "-ldl")
 WRAPPED = {
     "faults": (
         *("malloc", "calloc", "realloc", "mmap", "fopen", "opendir", "pthread_create", "dlsym"),
+        "pthread_key_create",
     ),
     "holds": (
         *("pthread_mutex_lock", "pthread_mutex_trylock", "pthread_mutex_unlock"),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`make mutants`: some test of the plugin's must fail for every change of its code.
 
-Each mutant is run against the harness without sanitizers, then under ThreadSanitizer, then against
-the torture, until something fails; three times. A run that hangs has failed. mutants.toml has the
-mutants written by hand and those that change nothing, each with its reason. Exit code 0: none
-survives; 1: those that are printed do.
+Each mutant is run against the harness without sanitizers, then under LeakSanitizer and
+ThreadSanitizer, then against the torture, until something fails; three times. A run that hangs has
+failed. mutants.toml has the mutants written by hand and those that change nothing, each with its
+reason. Exit code 0: none survives; 1: those that are printed do.
 """
 
 import argparse
@@ -34,16 +34,25 @@ RUNS = 3
 NOT_THIS_HOST = 77
 LEAST_SECONDS, SLOWER = 4.0, 10
 TORTURE = ("memfd", "3", "150", "1")
-FAULTS = ("regions", "conversions", "lost-slot", "no-descriptors", "commands", "worker")
+FAULTS = (
+    *("regions", "conversions", "lost-slot", "reset", "no-descriptors", "no-key", "commands"),
+    "worker",
+)
 # A return that a function needs, and a variable that nothing sets, make no program to be judged.
 FLAGS = ("-Wall", "-Wno-error", "-Werror=return-type", "-O1")
-ALL_FLAGS = {"plain": FLAGS, "thread": (*FLAGS, "-fsanitize=thread")}
+ALL_FLAGS = {
+    "plain": FLAGS,
+    "leak": (*FLAGS, "-fsanitize=leak"),
+    "thread": (*FLAGS, "-fsanitize=thread"),
+}
 LOCKS = re.compile(r"upm_(?:un)?lock|pthread_")
+# What takes memory and gives it back, seen by LeakSanitizer.
+LEAKS = ("requests",)
 # What several threads do at once, seen by ThreadSanitizer.
 RACES = (
     *("many-vcpus", "during-the-discard", "flipped-back", "vcpus-do-not-wait", "closed-region"),
     *("served-meanwhile", "commands-do-not-wait", "ended-threads", "other-madvise"),
-    *("drain-retries", "requests", "lease-runs-out", "resets"),
+    *("drain-retries", "requests", "lease-runs-out", "resets", "in-place-later"),
 )
 
 
@@ -214,6 +223,7 @@ def all_cases(folder: Path, harness: Harness) -> list[Case]:
     cases = [Case("hazards", "plain", (name,)) for name in names]
     cases += [Case("faults", "plain", (name,)) for name in FAULTS]
     cases += [Case("torture", "plain", TORTURE)]
+    cases += [Case("hazards", "leak", (name,)) for name in LEAKS]
     cases += [Case("hazards", "thread", (name,)) for name in names if name in RACES]
     cases += [Case("torture", "thread", TORTURE)]
     for case in cases:
@@ -225,7 +235,7 @@ def all_cases(folder: Path, harness: Harness) -> list[Case]:
     return sorted(
         cases,
         key=lambda case: (
-            case.flavour == "thread",
+            list(ALL_FLAGS).index(case.flavour),
             case.program == "torture",
             harness.seconds[case],
         ),

@@ -41,6 +41,11 @@ def test_no_fallocate(harness: Harness) -> None:
     harness("faults", SANITIZERS, "no-fallocate")
 
 
+def test_no_key(harness: Harness) -> None:
+    """Where a thread's end can't be noticed its conversions are not followed."""
+    harness("faults", SANITIZERS, "no-key")
+
+
 def test_no_thread(harness: Harness) -> None:
     """Without its thread the plugin is not in use, and says so."""
     harness("faults", SANITIZERS, "worker")

@@ -33,6 +33,11 @@ def test_hazard_02_in_place_found_late(hold: Hold) -> None:
     hold("in-place-later")
 
 
+def test_hazard_02_in_place_during_a_discard(hold: Hold) -> None:
+    """Hazard 2: the same while one of them is being discarded, which counts as that."""
+    hold("in-place-during-a-discard")
+
+
 def test_hazard_03_other_punches(hold: Hold) -> None:
     """Hazard 3: punches of balloons, disks and other threads go through, and are not ours."""
     hold("other-punches")
@@ -98,6 +103,11 @@ def test_hazard_11_threads_and_memory(hold: Hold) -> None:
     hold("threads-and-memory")
 
 
+def test_hazard_11_threads_and_regions(hold: Hold) -> None:
+    """Hazard 11: so does what a thread takes for conversions over many regions."""
+    hold("threads-and-regions")
+
+
 def test_hazard_12_notifications_pass(hold: Hold) -> None:
     """Hazard 12: DMA is unmapped before any discard of the copy, and ends nothing."""
     hold("notifications-pass")
@@ -126,6 +136,16 @@ def test_hazard_13_unmapped_in_part(hold: Hold) -> None:
 def test_hazard_13_strangers_close(hold: Hold) -> None:
     """Hazard 13: other threads close and unmap while RAM is plugged and unplugged."""
     hold("strangers-close")
+
+
+def test_hazard_13_closed_during_a_discard(hold: Hold) -> None:
+    """Hazard 13: a file is closed when the discard in it is over, the RAM mapped or not."""
+    hold("closed-during-a-discard")
+
+
+def test_hazard_13_closed_unseen(hold: Hold) -> None:
+    """Hazards 13 and 23: a guest_memfd goes by a call unseen, and its number comes again."""
+    hold("closed-unseen")
 
 
 def test_hazard_14_vcpus_do_not_wait(hold: Hold) -> None:
@@ -196,6 +216,26 @@ def test_hazard_22_ended_threads(hold: Hold) -> None:
     hold("ended-threads")
 
 
+def test_hazard_22_converts_at_its_end(hold: Hold) -> None:
+    """Hazard 22: a thread converts once more while it ends, after what we keep of it has gone."""
+    hold("converts-at-its-end")
+
+
+def test_hazard_23_next_before_the_close(hold: Hold) -> None:
+    """Hazard 23: RAM gets its next guest_memfd before the last one is closed."""
+    hold("next-before-the-close")
+
+
+def test_hazard_23_slot_outlives_its_ram(hold: Hold) -> None:
+    """Hazards 5 and 23: a slot whose RAM is unmapped, and whose guest_memfd moves to other RAM."""
+    hold("slot-outlives-its-ram")
+
+
+def test_hazard_23_ram_replaced(hold: Hold) -> None:
+    """Hazard 23: memory without a file takes the place of RAM whose file stays open."""
+    hold("ram-replaced")
+
+
 def test_hazard_24_served_meanwhile(hold: Hold) -> None:
     """Hazard 24: while the ledger is drained, requests and bells are served."""
     hold("served-meanwhile")
@@ -214,6 +254,11 @@ def test_hazard_26_one_bad_page(hold: Hold) -> None:
 def test_hazard_26_lowered_in_a_pause(hold: Hold) -> None:
     """Hazard 26: a smaller budget is kept at once, not after the pause that a bad page causes."""
     hold("lowered-in-a-pause")
+
+
+def test_hazard_26_lease_in_a_pause(hold: Hold) -> None:
+    """Hazards 19 and 26: nor does a lease that runs out wait for the end of that pause."""
+    hold("lease-in-a-pause")
 
 
 def test_hazard_26_no_punch_works(hold: Hold) -> None:

@@ -26,6 +26,11 @@ def test_requests(hold: Hold) -> None:
     hold("requests")
 
 
+def test_one_copy_asked_for(hold: Hold) -> None:
+    """A request of one copy ends with it, though the next region's discards have failed."""
+    hold("one-copy-asked-for")
+
+
 def test_records(hold: Hold) -> None:
     """A conversion is recorded once, also if it is read before QEMU asks for the discard."""
     hold("records")
@@ -49,6 +54,16 @@ def test_overrun(hold: Hold) -> None:
 def test_bells(hold: Hold) -> None:
     """The bell rings once until somebody reads; the budget's event at most once a second."""
     hold("bells")
+
+
+def test_signals(hold: Hold) -> None:
+    """The plugin's thread takes none of QEMU's signals."""
+    hold("signals")
+
+
+def test_sleeps(hold: Hold) -> None:
+    """The plugin's thread takes no CPU time while nothing is due."""
+    hold("sleeps")
 
 
 def test_duplicate(hold: Hold) -> None:
