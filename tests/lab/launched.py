@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A stock QEMU that launches a confidential guest: started, reset, converted and looked at."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -115,6 +116,9 @@ class Launched:
                 ),
                 stderr=errors,
             )
+        # The monitor works on the thread's event loop, and leaves one behind if it has to make it.
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
         try:
             self.main = dial(
                 folder / "main", lambda: self.process.poll() is None, setup.patience_seconds
@@ -143,6 +147,8 @@ class Launched:
             with contextlib.suppress(Exception):
                 if monitor is not None:
                     monitor.close()
+        self._loop.close()
+        asyncio.set_event_loop(None)
         self.process.kill()
         self.process.wait()
 
