@@ -11,6 +11,9 @@
 #include <time.h>
 #include <unistd.h>
 
+/* worker.c: what QEMU's exit calls, by way of the destructor. */
+void worker_stop(void);
+
 /* 22, where the thread ends before QEMU asks */
 static void ended_threads(void)
 {
@@ -211,8 +214,22 @@ static void sleeps(void)
     expect(cpu_ns() < before + 50000000 && fake.events == 1 && stale() == 2 * PAGE);
 }
 
+/* QEMU ends: its other threads still close files and convert when the plugin's own has gone. */
+static void after_the_worker(void)
+{
+    struct memory *m = start(RAM_MEMFD, MIB);
+
+    defer_up_to(MIB);
+    worker_stop();
+    fill_shared(m, 0, PAGE);
+    expect(!guest_convert(m, 0, PAGE, true) && stale() == PAGE);
+    memory_free(m);
+    expect(!stale());
+}
+
 const struct hazard thread_hazards[] = {
     { "ended-threads", ended_threads }, { "converts-at-its-end", converts_at_its_end },
     { "threads-and-memory", threads_and_memory }, { "threads-and-regions", threads_and_regions },
-    { "signals", signals }, { "sleeps", sleeps }, { NULL, NULL },
+    { "signals", signals }, { "sleeps", sleeps }, { "after-the-worker", after_the_worker },
+    { NULL, NULL },
 };

@@ -66,6 +66,11 @@ def test_sleeps(hold: Hold) -> None:
     hold("sleeps")
 
 
+def test_after_the_worker(hold: Hold) -> None:
+    """While QEMU ends, its other threads convert and close files without the plugin's."""
+    hold("after-the-worker")
+
+
 def test_duplicate(hold: Hold) -> None:
     """The RAM's descriptor has a duplicate with a lower number, which is closed."""
     hold("duplicate")
