@@ -47,8 +47,8 @@ static int by_size(const void *a, const void *b)
            - (*(const uint32_t *)a < *(const uint32_t *)b);
 }
 
-/* Of the conversions that began in [from, to): the one that only a thousandth took longer than, and
- * the longest; in microseconds. */
+/* Prints how long conversions took that began in [from, to), in microseconds: what only a thousandth
+ * of them exceeded, and the longest. */
 static void figures(const char *name, uint64_t from, uint64_t to)
 {
     uint32_t *took = malloc(SAMPLES * sizeof(*took));

@@ -52,7 +52,7 @@ JOIN = 16
 DEFAULT_PRICES = Prices(
     conversion=2e-6, discard_call=4.3e-6, discard_page=1.05e-6, refault_page=2.7e-6
 )
-"""Of the machine that our benchmarks ran on; believed of any other until discards are measured."""
+"""What our benchmarks measured; believed of any machine until its own discards are measured."""
 BELIEF_CALLS = 4
 """Discards of a page at these prices, beside those that were measured."""
 

@@ -56,7 +56,7 @@ class Request:
         return None if self.runs is None else PageSet.of_runs(self.runs)
 
     def arguments(self) -> dict[str, object]:
-        """Of ``x-upm-discard``. Lists of ranges are long, and made when they are sent."""
+        """The arguments of x-upm-discard. Lists of ranges are long, and made when they are sent."""
         asked: dict[str, object] = {"id": self.id, "copy": self.discard.copy}
         if self.runs is None:
             return asked | {"all": True}

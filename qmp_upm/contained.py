@@ -127,7 +127,7 @@ class ContainedPolicy:
 
 
 def _reason(error: BaseException) -> str:
-    """Of a third party's exception, whose own text may raise, too."""
+    """What a third party's exception says; its own text may raise, too."""
     if isinstance(error, QmpUpmError):
         return error.message
     try:

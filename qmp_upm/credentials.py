@@ -21,7 +21,7 @@ ReadCredentials = Callable[[socket.socket], Credentials]
 
 
 def read_credentials(link: socket.socket) -> Credentials:
-    """Of the process that called listen(2), as SO_PEERCRED of unix(7) has it. OSError if gone."""
+    """Who called listen(2), as SO_PEERCRED of unix(7) has it. Raises OSError if it is gone."""
     size = _UCRED.size
     process, user, _ = _UCRED.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return Credentials(process, user)

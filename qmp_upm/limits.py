@@ -33,7 +33,7 @@ MESSAGE_BYTES_MOST = 2 << 20
 EVENTS_MOST = 1024
 """Events kept for a session."""
 ERROR_CHARACTERS = 256
-"""Of a peer's error."""
+"""Characters that are kept of a peer's error."""
 FILES_KEPT = 32
 """File descriptors that no VM gets: control clients, metrics and telemetry need some, too."""
 RAM_MOST = 1 << 45

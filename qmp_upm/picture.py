@@ -27,7 +27,7 @@ class Held:
 
 
 def picture(ledger: Ledger) -> list[Held]:
-    """Of each copy and region in which something is stale, in order."""
+    """What is held of each copy and region in which something is stale, in order."""
     found = []
     for copy in Copy:
         runs = ledger.stale(copy).runs()

@@ -125,7 +125,7 @@ class BoundedClient(QMPClient):
 
 
 class _QemuClient(BoundedClient):
-    """Of a peer that is not trusted. ``received_bytes``: all that it has sent."""
+    """A client of a peer that is not trusted. ``received_bytes``: all that it has sent."""
 
     def __init__(self, events: EventQueue[Any], message_bytes_most: int) -> None:
         super().__init__(events, message_bytes_most)

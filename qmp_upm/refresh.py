@@ -15,7 +15,7 @@ HOLDING_SECONDS = 30.0
 PATIENCE_SECONDS = 60.0
 """The longest pause before a discard that failed is tried again, or the ledger is read again."""
 COMPANIES = 16
-"""In which sessions do what has some time: half of them, as jitter has it."""
+"""Sessions do together, in so many groups, what has some time; jitter spreads half of them."""
 
 
 def in_company(clock: Clock, seconds: float) -> int:

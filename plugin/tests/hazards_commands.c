@@ -152,7 +152,7 @@ static void requests(void)
     expect(query("skipped-bytes") == 8 * PAGE);
     expect(query("requested-bytes-shared") == 5 * PAGE
            && query("requested-bytes-private") == 3 * PAGE);
-    /* Of one copy only. */
+    /* A request may name one copy only. */
     ask_discard("private", 0, MIB);
     wait_for(discarded, "X_UPM_DISCARDED");
     expect(counter("requested-bytes") == 21 * PAGE && query("requested-bytes-private") == 16 * PAGE);

@@ -396,7 +396,7 @@ int main(int argc, char **argv)
         pthread_join(thread[--n], NULL);
     }
     failing = false;
-    /* As it is, with copies that are stale; and when all of them have gone. */
+    /* The guest is checked while copies are stale, and again when all of them have gone. */
     let_it_settle();
     guest_check();
     drain();

@@ -17,7 +17,7 @@ from qmp_upm.stats import State, VmStats, VmView
 from qmp_upm.units import NSEC, format_duration, format_seconds, format_setting, format_size
 
 PLAIN_KINDS = ("none", "default")
-"""Of VMs without private memory."""
+"""Kinds of VMs without private memory."""
 _CALM = {State.ATTACHED: "green", State.CONNECTING: "dim", State.STOPPED: "dim"}
 
 

@@ -7,13 +7,11 @@ can't be punched (`failing.c`), the answer of the attribute ioctl, and that memo
 which the guest's firmware runs all the same.
 """
 
-import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +29,6 @@ PROGRAM = Path(sys.executable).with_name("qmp-upm")
 FILE = "memory-backend-memfd"
 AT = 64 * MIB
 ACCEPTED, SINGLY = 128 * MIB, 8 * MIB
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[Any]:
-    """``guest(*arguments, **how)``: a Guest, closed at the end.
-
-    Its monitor works on the thread's event loop, and leaves one behind if it has to make it.
-    """
-    started: list[Guest] = []
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-
-    def start(*arguments: str, **how: Any) -> Guest:
-        started.append(Guest(tmp_path, *arguments, **how))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()
-    loop.close()
-    asyncio.set_event_loop(None)
 
 
 def defers_both(vm: Guest) -> None:

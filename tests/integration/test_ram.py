@@ -4,44 +4,21 @@
 Real: QEMU, its memory backends, the guest_memfds, the plugin. The attribute ioctl answers at once.
 """
 
-import asyncio
 import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.guest import DEFER, MEMFD, MIB, PAGE, Guest, has_guest_memfd
+from tests.integration.guest import DEFER, MEMFD, MIB, PAGE, has_guest_memfd
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("qemu-system-x86_64") and has_guest_memfd()),
     reason="needs QEMU, and /dev/kvm with guest_memfd for any VM (Linux 6.18)",
 )
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[Any]:
-    """``guest(*arguments)``: a Guest, closed at the end.
-
-    Its monitor works on the thread's event loop, and leaves one behind if it has to make it.
-    """
-    started: list[Guest] = []
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-
-    def start(*arguments: str, backends: int = 1) -> Guest:
-        started.append(Guest(tmp_path, *arguments, backends=backends))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()
-    loop.close()
-    asyncio.set_event_loop(None)
 
 
 def test_memfd(guest: Any) -> None:
